@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export TQDM_DISABLE ?= 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+help:            ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+book: $(READY)   ## set up if needed, then render the course to _build/html
+	$(BIN)/jupyter-book build book/ -W -n --keep-going
+	@echo "Open $(CURDIR)/_build/html/index.html in a browser."
+
+test: $(READY)   ## set up if needed, then run every check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval book --nbval-cell-timeout=300
+
+lab: $(READY)    ## open the notebooks in JupyterLab, with progress bars
+	TQDM_DISABLE=0 $(BIN)/jupyter lab book
+
+notebooks: $(READY)  ## re-execute every notebook from its .py pair and store the outputs
+	$(BIN)/python -m tests.book.notebooks
+
+clean:           ## remove what was built (the environment stays; delete .venv for a new one)
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $(READY)
+
+.PHONY: help book test lab notebooks clean

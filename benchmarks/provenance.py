@@ -1,0 +1,51 @@
+"""What every results file carries: how its numbers were made, and on what."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("companion", "torch", "torchvision", "numpy", "scikit-learn")
+
+
+def provenance(**settings) -> dict:
+    """Return command, settings, versions, machine and date of this run.
+
+    Examples
+    --------
+    >>> sorted(provenance(seeds=3))
+    ['command', 'date', 'machine', 'settings', 'versions']
+    """
+    return {
+        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "settings": settings,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": {
+            "architecture": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "vector width": torch.backends.cpu.get_cpu_capability(),
+            "quantized engine": torch.backends.quantized.engine,
+        },
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_results(name: str, records: list[dict], **settings) -> Path:
+    """Write ``benchmarks/results/<name>.json`` with provenance, and return its path."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    content = {"provenance": provenance(**settings), "records": records}
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+    return path

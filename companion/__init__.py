@@ -1,0 +1,37 @@
+"""Quantization-aware fine-tuning in PyTorch: the package that the course builds and uses.
+
+The names below are the public interface; each is explained where the book builds it.
+"""
+
+from companion.evaluate import Estimate, accuracy, latency, model_bytes
+from companion.integers import choose_scale, dequantize, fake_quantize, quantize
+from companion.models import load_pretrained
+from companion.scheme import W2, W3, W4, W4A8, W8, W8A8, Activations, QuantScheme
+from companion.tasks import load_task
+from companion.train import fit
+from companion.wrapper import QuantWrapper
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "W2",
+    "W3",
+    "W4",
+    "W4A8",
+    "W8",
+    "W8A8",
+    "Activations",
+    "Estimate",
+    "QuantScheme",
+    "QuantWrapper",
+    "accuracy",
+    "choose_scale",
+    "dequantize",
+    "fake_quantize",
+    "fit",
+    "latency",
+    "load_pretrained",
+    "load_task",
+    "model_bytes",
+    "quantize",
+]

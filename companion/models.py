@@ -1,0 +1,152 @@
+"""`load_pretrained`: the real weights where they can be had, a stated stand-in where not.
+
+Floor 3 of the house (the stand-in is trained on a task by `fit`). Built in chapter 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from companion.errors import SourceUnavailable
+from companion.tasks import load_task
+from companion.train import fit
+
+logger = logging.getLogger(__name__)
+
+STAND_IN = {"task": "digits-0-4", "batch_size": 64, "steps": 80, "lr": 0.02, "seed": 0}
+"""How the offline ResNet-18 is pre-trained, in about twenty seconds on two cores."""
+
+
+def load_pretrained(
+    name: str = "resnet18",
+    *,
+    classes: int | None = None,
+    weights: str = "auto",
+    quantizable: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> nn.Module:
+    """Load a pre-trained model and give it a classifier of the size you need.
+
+    Parameters
+    ----------
+    name : {"resnet18"}
+    classes : int, optional
+        Outputs of a freshly drawn classifier; None keeps the pre-trained one.
+    weights : {"auto", "imagenet", "digits"}
+        ImageNet weights through torchvision's weights enum; or a stand-in pre-trained on the
+        spot on scanned digits 0 to 4 (then cached); or ImageNet if reachable, else digits.
+    quantizable : bool
+        True gives torchvision's variant for quantization, whose residual additions are
+        modules; same weights, same outputs.
+    seed : int
+        Draws the fresh classifier.
+    progress : bool
+        Show a bar while the stand-in trains.
+
+    Returns
+    -------
+    nn.Module
+        With an attribute `provenance` that says which weights it holds.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or kind of weights.
+    SourceUnavailable
+        If ImageNet weights were demanded and could not be had.
+
+    Examples
+    --------
+    >>> model = load_pretrained("resnet18", classes=5, weights="digits")
+    >>> model.provenance
+    'resnet18: stand-in, pre-trained on digits-0-4 for 80 steps'
+    """
+    if name != "resnet18":
+        raise ValueError(f"model {name!r} is unknown: 'resnet18' is the one on this road")
+    if weights not in ("auto", "imagenet", "digits"):
+        raise ValueError(f"weights {weights!r} is unknown: use 'auto', 'imagenet' or 'digits'")
+    model = None
+    if weights != "digits":
+        try:
+            state, provenance = _imagenet_weights()
+            model = _new_resnet18(1000, quantizable)
+        except OSError as error:
+            if weights == "imagenet":
+                raise SourceUnavailable(
+                    f"{name}: ImageNet weights could not be downloaded ({error}). Offline, use "
+                    "weights='digits' for the stand-in, or 'auto' to choose by reach"
+                ) from error
+            logger.warning("ImageNet weights are out of reach (%s): using the stand-in", error)
+    if model is None:
+        state, provenance = _stand_in_weights(progress)
+        model = _new_resnet18(5, quantizable)
+    model.load_state_dict(state)
+    if classes is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.fc = nn.Linear(model.fc.in_features, classes)
+    model.provenance = provenance
+    logger.info(provenance)
+    return model
+
+
+def new_resnet18(classes: int, seed: int = 0) -> nn.Module:
+    """Return an untrained ResNet-18 (quantizable variant), for comparison from scratch.
+
+    Parameters
+    ----------
+    classes : int
+    seed : int
+        Draws the weights.
+
+    Examples
+    --------
+    >>> sum(p.numel() for p in new_resnet18(classes=5).parameters())
+    11179077
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _new_resnet18(classes, quantizable=True)
+
+
+def _new_resnet18(classes: int, quantizable: bool) -> nn.Module:
+    from torchvision.models import quantization, resnet18
+
+    if quantizable:
+        return quantization.resnet18(weights=None, quantize=False, num_classes=classes)
+    return resnet18(weights=None, num_classes=classes)
+
+
+def _imagenet_weights() -> tuple[dict, str]:
+    from torchvision.models import ResNet18_Weights
+
+    weights = ResNet18_Weights.DEFAULT  # torchvision checks the hash that the name carries
+    return weights.get_state_dict(check_hash=True), f"resnet18: ImageNet weights, {weights}"
+
+
+def _stand_in_weights(progress: bool) -> tuple[dict, str]:
+    """Pre-train on digits 0 to 4 once per recipe, and keep the result in torch's cache folder."""
+    recipe = hashlib.sha256(f"{STAND_IN} {torch.__version__}".encode()).hexdigest()[:12]
+    path = Path(torch.hub.get_dir()).parent / "companion" / f"resnet18-{recipe}.safetensors"
+    provenance = (
+        f"resnet18: stand-in, pre-trained on {STAND_IN['task']} for {STAND_IN['steps']} steps"
+    )
+    if not path.exists():
+        task = load_task(STAND_IN["task"], batch_size=STAND_IN["batch_size"])
+        model = new_resnet18(len(task.classes), STAND_IN["seed"])
+        sgd = partial(torch.optim.SGD, lr=STAND_IN["lr"], momentum=0.9)
+        fit(model, task.train, steps=STAND_IN["steps"], optimizer=sgd, seed=STAND_IN["seed"],
+            progress=progress)  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_suffix(".partial")
+        save_file(model.state_dict(), partial_path)
+        partial_path.replace(path)
+    return load_file(path), provenance

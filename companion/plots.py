@@ -1,0 +1,246 @@
+"""Every figure of the book, drawn from plain results: one message each, readable in grey.
+
+Floor 1 of the house. Each function returns a matplotlib Figure that a notebook shows when it
+is the last value of a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from companion.evaluate import Estimate
+
+# Okabe and Ito's palette: told apart by readers with any common colour vision.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))]
+STYLE = {
+    "figure.dpi": 110,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+
+
+def curves(
+    series: Mapping[str, Sequence[float] | Mapping[float, float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log_y: bool = False,
+) -> Figure:
+    """Draw lines on one pair of axes, such as training losses or errors against bits.
+
+    Parameters
+    ----------
+    series : mapping of label to values
+        A sequence is drawn against 0, 1, 2, ...; a mapping against its keys, with markers.
+    xlabel, ylabel : str
+    log_y : bool
+
+    Examples
+    --------
+    >>> curves({"float": [2.0, 1.0]}, xlabel="step", ylabel="loss")
+    <Figure size 715x407 with 1 Axes>
+    """
+    fig, ax = _axes()
+    for index, (label, values) in enumerate(series.items()):
+        sparse = isinstance(values, Mapping)
+        x = list(values) if sparse else range(len(values))
+        y = list(values.values()) if sparse else values
+        ax.plot(x, y, color=COLOURS[index], linestyle=LINES[index], label=label,
+                marker=MARKERS[index] if sparse else None)  # fmt: skip
+        if sparse:
+            ax.set_xticks(x)
+    if log_y:
+        ax.set_yscale("log")
+    return _finish(fig, ax, xlabel, ylabel, legend=len(series) > 1)
+
+
+def bars(values: Mapping[str, float], *, xlabel: str, form: str = "{:.1f}") -> Figure:
+    """Draw labelled horizontal bars, each with its number at its end.
+
+    Examples
+    --------
+    >>> bars({"before": 46.8, "after": 46.8}, xlabel="MB")
+    <Figure size 715x220 with 1 Axes>
+    """
+    fig, ax = _axes(height=0.8 + 0.6 * len(values))
+    drawn = ax.barh(list(values), list(values.values()), color=COLOURS[0], height=0.6)
+    ax.bar_label(drawn, [form.format(v) for v in values.values()], padding=4)
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.grid(axis="y", visible=False)
+    return _finish(fig, ax, xlabel, "")
+
+
+def estimates(results: Mapping[str, Estimate], *, xlabel: str) -> Figure:
+    """Draw measured values as points with their 95 % intervals, one row each.
+
+    Examples
+    --------
+    >>> from companion import Estimate
+    >>> estimates({"float": Estimate(0.9, 0.8, 0.95, 100)}, xlabel="accuracy")
+    <Figure size 715x154 with 1 Axes>
+    """
+    fig, ax = _axes(height=0.8 + 0.6 * len(results))
+    for row, e in enumerate(results.values()):
+        ax.errorbar(e.value, row, xerr=[[e.value - e.low], [e.high - e.value]], capsize=4,
+                    color=COLOURS[row % 7], marker=MARKERS[row % 7], linestyle="")  # fmt: skip
+        ax.annotate(f"{e.value:.3f}", (e.value, row), (0, 8), textcoords="offset points",
+                    ha="center", fontsize=9)  # fmt: skip
+    ax.set_yticks(range(len(results)), list(results))
+    ax.set_ylim(len(results) - 0.4, -0.8)
+    return _finish(fig, ax, f"{xlabel} (95 % interval)", "")
+
+
+def estimates_by_bits(
+    results: Mapping[str, Mapping[int, Estimate]],
+    *,
+    ylabel: str,
+    reference: tuple[str, Estimate] | None = None,
+) -> Figure:
+    """Draw estimates against weight bits, one line per method, with a float reference band.
+
+    Examples
+    --------
+    >>> from companion import Estimate
+    >>> e = Estimate(0.9, 0.8, 0.95, 100)
+    >>> estimates_by_bits({"PTQ": {8: e, 2: e}}, ylabel="accuracy", reference=("float", e))
+    <Figure size 715x407 with 1 Axes>
+    """
+    fig, ax = _axes()
+    widths = sorted({bits for line in results.values() for bits in line}, reverse=True)
+    if reference:
+        label, e = reference
+        ax.axhspan(e.low, e.high, color="0.85", zorder=0)
+        ax.axhline(e.value, color="0.35", linewidth=1, label=f"{label} (band: 95 % interval)")
+    for index, (label, line) in enumerate(results.items()):
+        shift = 0.06 * (index - (len(results) - 1) / 2)
+        x = [widths.index(bits) + shift for bits in line]
+        value = np.array([e.value for e in line.values()])
+        spread = [value - [e.low for e in line.values()], [e.high for e in line.values()] - value]
+        ax.errorbar(x, value, yerr=np.abs(spread), color=COLOURS[index], capsize=4, label=label,
+                    marker=MARKERS[index], linestyle=LINES[index])  # fmt: skip
+    ax.set_xticks(range(len(widths)), [str(w) for w in widths])
+    return _finish(fig, ax, "bits per weight", ylabel, legend=True)
+
+
+def images(batch: np.ndarray, titles: Sequence[str]) -> Figure:
+    """Show a row of grey images, each with a title.
+
+    Parameters
+    ----------
+    batch : ndarray, shape (n, height, width)
+    titles : sequence of str
+
+    Examples
+    --------
+    >>> images(np.zeros((2, 4, 4)), ["5", "6"])
+    <Figure size 715x165 with 2 Axes>
+    """
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        fig, axes = plt.subplots(1, len(batch), figsize=(6.5, 1.5), squeeze=False)
+    for ax, image, title in zip(axes[0], batch, titles, strict=True):
+        ax.imshow(image, cmap="gray_r")
+        ax.set_title(title)
+        ax.axis("off")
+    fig.tight_layout()
+    plt.close(fig)
+    return fig
+
+
+def histogram(
+    values: np.ndarray, *, xlabel: str, marks: Mapping[str, Sequence[float]] | None = None
+) -> Figure:
+    """Show how values are spread, with marked positions such as grid points or a range.
+
+    Examples
+    --------
+    >>> histogram(np.arange(9.0), xlabel="weight", marks={"grid": [0.0, 4.0, 8.0]})
+    <Figure size 715x407 with 1 Axes>
+    """
+    fig, ax = _axes()
+    ax.hist(np.ravel(values), bins=80, color="0.7")
+    for index, (label, positions) in enumerate((marks or {}).items()):
+        for first, position in enumerate(positions):
+            ax.axvline(position, color=COLOURS[index], linestyle=LINES[index], linewidth=1.2,
+                       label=label if first == 0 else None)  # fmt: skip
+    ax.grid(visible=False)
+    return _finish(fig, ax, xlabel, "how many", legend=bool(marks))
+
+
+def staircase(x: np.ndarray, rounded: np.ndarray, gradient: np.ndarray | None = None) -> Figure:
+    """Draw rounding as a staircase beside the identity and, below it, the gradient it is given.
+
+    Parameters
+    ----------
+    x, rounded : ndarray, shape (n,)
+    gradient : ndarray, shape (n,), optional
+        Straight-through gradient at each x.
+
+    Examples
+    --------
+    >>> x = np.linspace(-1, 1, 5)
+    >>> staircase(x, np.round(x), np.ones(5))
+    <Figure size 715x550 with 2 Axes>
+    """
+    rows = 1 if gradient is None else 2
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(rows, 1, figsize=(6.5, 3.7 if rows == 1 else 5), sharex=True,
+                                 squeeze=False, height_ratios=[2, 1][:rows])  # fmt: skip
+    top = axes[0][0]
+    top.plot(x, x, color="0.5", linestyle=":", label="before rounding")
+    top.plot(x, rounded, color=COLOURS[0], label="after rounding")
+    top.set_ylabel("value")
+    top.legend(frameon=False)
+    if gradient is not None:
+        low = axes[1][0]
+        low.plot(x, gradient, color=COLOURS[1], label="straight-through gradient")
+        low.plot(x, np.zeros_like(x), color="0.5", linestyle=":", label="true gradient")
+        low.set_ylabel("gradient")
+        low.legend(frameon=False)
+    axes[-1][0].set_xlabel("weight")
+    fig.tight_layout()
+    plt.close(fig)
+    return fig
+
+
+def scatter(x: np.ndarray, y: np.ndarray, *, xlabel: str, ylabel: str) -> Figure:
+    """Draw pairs of numbers with the line on which they would be equal.
+
+    Examples
+    --------
+    >>> scatter(np.arange(3), np.arange(3), xlabel="trained scale", ylabel="converted scale")
+    <Figure size 495x495 with 1 Axes>
+    """
+    fig, ax = _axes(width=4.5, height=4.5)
+    ends = [min(np.min(x), np.min(y)), max(np.max(x), np.max(y))]
+    ax.plot(ends, ends, color="0.5", linestyle=":", label="equal")
+    ax.plot(x, y, "o", color=COLOURS[0], markersize=4, alpha=0.6)
+    return _finish(fig, ax, xlabel, ylabel, legend=True)
+
+
+def _axes(width: float = 6.5, height: float = 3.7) -> tuple[Figure, Axes]:
+    with plt.rc_context(STYLE):
+        return plt.subplots(figsize=(width, height))
+
+
+def _finish(fig: Figure, ax: Axes, xlabel: str, ylabel: str, legend: bool = False) -> Figure:
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    if legend:
+        ax.legend(frameon=False)
+    fig.tight_layout()
+    plt.close(fig)  # shown by being a cell's value, so that it is not shown twice
+    return fig

@@ -1,0 +1,262 @@
+"""`fit`: the one training loop. It knows nothing of quantization, so every arm trains alike.
+
+Floor 1 of the house. Built in chapter 2, used by every chapter after it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from companion.checkpoint import CHECKPOINT, read_checkpoint, set_rng, write_checkpoint
+from companion.errors import CheckpointError, EmptyLoader, NonFiniteLoss, NothingToTrain
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+
+
+@dataclass
+class History:
+    """What a training run did: one entry per optimizer step.
+
+    Parameters
+    ----------
+    loss : list of float
+        Mean training loss of each step, before the update.
+    learning_rate : list of float
+        Learning rate of the first parameter group at each step.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy for ``(inputs, labels)`` pairs; the model's own loss for dict batches.
+
+    Examples
+    --------
+    >>> float(default_loss(nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))))
+    0.6931471824645996
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch).loss
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs), labels)
+
+
+def fit(
+    model: nn.Module,
+    loader: Iterable,
+    *,
+    steps: int = 200,
+    loss_fn: LossFn = default_loss,
+    optimizer: torch.optim.Optimizer | Callable[[list], torch.optim.Optimizer] | None = None,
+    lr: float = 1e-3,
+    schedule: str | Callable[[float], float] = "cosine",
+    clip_norm: float | None = 1.0,
+    accumulate: int = 1,
+    at: Mapping[int, Callable[[], Any]] | None = None,
+    seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int = 50,
+    resume: bool = False,
+    progress: bool = True,
+) -> History:
+    """Train a model for a fixed number of optimizer steps.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Trained in place, on the device where its parameters are.
+    loader : iterable of batches
+        Anything that can be iterated again, such as a DataLoader or a list. The global random
+        generators (and the loader's own, if it has one) are seeded at the start of each pass.
+    steps : int
+        Optimizer steps.
+    loss_fn : callable
+        ``loss_fn(model, batch)`` returns a scalar.
+    optimizer : optimizer or callable, optional
+        An optimizer over this model's parameters, or a function from a parameter list to one,
+        such as ``partial(torch.optim.SGD, lr=0.001, momentum=0.9)``. Default: AdamW at `lr`.
+    lr : float
+        Learning rate of the default optimizer.
+    schedule : {"cosine", "linear", "constant"} or callable
+        Multiplies the learning rate; a callable receives the progress, 0 to 1.
+    clip_norm : float or None
+        Largest gradient norm; None leaves gradients alone.
+    accumulate : int
+        Batches averaged into one step.
+    at : mapping of int to callable, optional
+        Called once just before the step of that number (from 0), for example
+        ``{80: wrapper.freeze}``. Repeated on resume, so that the model has the same form.
+    seed : int
+        Decides the order of the data and every random draw of the run.
+    checkpoint_dir : path, optional
+        Where to keep one `checkpoint.safetensors`, replaced atomically.
+    checkpoint_every : int
+        Steps between checkpoints; the last step always writes one.
+    resume : bool
+        Continue from the checkpoint, if there is one. The result is bit-identical to a run
+        that was never interrupted, on the same machine with the same number of threads.
+    progress : bool
+        Show a bar on stderr (the environment variable TQDM_DISABLE=1 silences it as well).
+
+    Returns
+    -------
+    History
+
+    Raises
+    ------
+    NothingToTrain, EmptyLoader, NonFiniteLoss, CheckpointError
+        Each with a remedy in its message.
+
+    Examples
+    --------
+    >>> model, batch = nn.Linear(2, 2), (torch.eye(2), torch.tensor([0, 1]))
+    >>> history = fit(model, [batch], steps=20, lr=0.1, progress=False)
+    >>> history.loss[-1] < history.loss[0]
+    True
+    """
+    if steps < 1 or accumulate < 1 or checkpoint_every < 1:
+        raise ValueError("steps, accumulate and checkpoint_every must be at least 1")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise NothingToTrain(
+            "no parameter of this model requires a gradient: quantized modules keep their weights "
+            "as packed integers, which do not train. Train before convert(), not after"
+        )
+    model.train()
+    optimizer = _make_optimizer(optimizer, parameters, lr)
+    factor = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    run = {"steps": steps, "accumulate": accumulate, "seed": seed, "schedule": str(schedule)}
+    path = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
+    history, start, rng = History(), 0, None
+    if path is not None and path.exists():
+        if not resume:
+            raise CheckpointError(
+                f"{path} already holds a run: pass resume=True to continue it, or another folder"
+            )
+        saved = read_checkpoint(path, run)
+        start = saved["step"]
+        for step in sorted(s for s in at or {} if s < start):
+            at[step]()
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history, rng = History(**saved["history"]), saved["rng"]
+
+    batches = _forever(loader, seed, skip=start * accumulate)
+    device = parameters[0].device
+    with tqdm(total=steps, initial=start, disable=not progress, desc="fit", leave=False) as bar:
+        for step in range(start, steps):
+            if at and step in at:
+                at[step]()
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor(step / steps)
+            optimizer.zero_grad()
+            total = 0.0
+            for _ in range(accumulate):
+                batch = _to(next(batches), device)
+                if rng is not None:  # after the skipped batches, before the first draw
+                    set_rng(rng)
+                    rng = None
+                loss = loss_fn(model, batch) / accumulate
+                _check_loss(loss, step)
+                loss.backward()
+                total += loss.item()
+            if step == start and all(p.grad is None for p in parameters):
+                raise NothingToTrain(_NO_GRADIENT)
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, clip_norm)
+            optimizer.step()
+            history.loss.append(total)
+            history.learning_rate.append(optimizer.param_groups[0]["lr"])
+            bar.set_postfix(loss=f"{total:.4f}", refresh=False)
+            bar.update()
+            if path is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+                write_checkpoint(path, model, optimizer, step + 1, run, vars(history))
+    return history
+
+
+_NO_GRADIENT = (
+    "backward() reached no parameter: something between the weights and the loss, such as a layer "
+    "already quantized to integers, cuts the gradient. Train the float model under fake "
+    "quantization (QuantWrapper(...).prepare_qat()) and convert afterwards"
+)
+
+
+def _make_optimizer(optimizer, parameters: list, lr: float) -> torch.optim.Optimizer:
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(parameters, lr=lr)
+    elif not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer(parameters)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not known & {id(p) for p in parameters}:
+        raise NothingToTrain(
+            "the optimizer holds none of this model's parameters: build it after prepare_qat(), "
+            "which makes a new model, or pass a function such as partial(torch.optim.SGD, lr=...)"
+        )
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return optimizer
+
+
+def _check_loss(loss: Tensor, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise NonFiniteLoss(
+            f"the loss is {loss.item()} at step {step}: lower the learning rate, clip gradients "
+            "(clip_norm=1.0) or look at the batch of that step"
+        )
+    if not loss.requires_grad:
+        raise NothingToTrain(_NO_GRADIENT)
+
+
+def _forever(loader: Iterable, seed: int, skip: int) -> Iterator:
+    """Yield batches without end, each pass seeded by its number, so any pass can be replayed."""
+    seen = 0
+    for epoch in count():
+        _seed_everything(seed + epoch)
+        if getattr(loader, "generator", None) is not None:
+            loader.generator.manual_seed(seed + epoch)
+        before = seen
+        for batch in loader:
+            seen += 1
+            if seen > skip:
+                yield batch
+        if seen == before:
+            raise EmptyLoader(
+                "the loader gave no batch: is the data set empty, or smaller than one batch with "
+                "drop_last=True?"
+                if epoch == 0
+                else f"the loader ran dry after {seen} batches: pass something that can be "
+                "iterated again (a DataLoader or a list), not a generator"
+            )
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch.to(device) if isinstance(batch, Tensor) else batch
