@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-export TQDM_DISABLE ?= 1
-export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -20,7 +18,7 @@ test: $(READY)   ## set up if needed, then run every check
 	$(BIN)/python -m pytest --nbval book --nbval-cell-timeout=300
 
 lab: $(READY)    ## open the notebooks in JupyterLab, with progress bars
-	TQDM_DISABLE=0 $(BIN)/jupyter lab book
+	$(BIN)/jupyter lab book
 
 notebooks: $(READY)  ## re-execute every notebook from its .py pair and store the outputs
 	$(BIN)/python -m tests.book.notebooks

@@ -144,7 +144,7 @@ def _find_plain_join(model: nn.Module) -> tuple[str, str] | None:
     except Exception:  # data-dependent control flow: cannot be looked through, so not refused
         return None
     for node in graph.nodes:
-        operation = getattr(node.target, "__name__", node.target)
+        operation = str(getattr(node.target, "__name__", node.target)).rstrip("_")
         if node.op not in ("call_function", "call_method") or operation not in _JOINS:
             continue
         if operation == "cat" or sum(isinstance(a, fx.Node) for a in node.args) > 1:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from functools import partial
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from companion.errors import SourceUnavailable
-from companion.tasks import load_task
+from companion.tasks import cache_folder, load_task
 from companion.train import fit
 
 logger = logging.getLogger(__name__)
@@ -73,24 +72,14 @@ def load_pretrained(
         raise ValueError(f"model {name!r} is unknown: 'resnet18' is the one on this road")
     if weights not in ("auto", "imagenet", "digits"):
         raise ValueError(f"weights {weights!r} is unknown: use 'auto', 'imagenet' or 'digits'")
-    model = None
-    if weights != "digits":
-        try:
-            state, provenance = _imagenet_weights()
-            model = _new_resnet18(1000, quantizable)
-        except OSError as error:
-            if weights == "imagenet":
-                raise SourceUnavailable(
-                    f"{name}: ImageNet weights could not be downloaded ({error}). Offline, use "
-                    "weights='digits' for the stand-in, or 'auto' to choose by reach"
-                ) from error
-            logger.warning("ImageNet weights are out of reach (%s): using the stand-in", error)
-    if model is None:
-        state, provenance = _stand_in_weights(progress)
-        model = _new_resnet18(5, quantizable)
-    model.load_state_dict(state)
-    if classes is not None:
-        with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the caller's random draws stay as they were
+        if weights == "digits":
+            state, provenance = _stand_in_weights(progress)
+        else:
+            state, provenance = _imagenet_or_stand_in(weights, progress)
+        model = _untrained(len(state["fc.bias"]), quantizable)
+        model.load_state_dict(state)
+        if classes is not None:
             torch.manual_seed(seed)
             model.fc = nn.Linear(model.fc.in_features, classes)
     model.provenance = provenance
@@ -114,15 +103,28 @@ def new_resnet18(classes: int, seed: int = 0) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _new_resnet18(classes, quantizable=True)
+        return _untrained(classes, quantizable=True)
 
 
-def _new_resnet18(classes: int, quantizable: bool) -> nn.Module:
+def _untrained(classes: int, quantizable: bool) -> nn.Module:
     from torchvision.models import quantization, resnet18
 
     if quantizable:
         return quantization.resnet18(weights=None, quantize=False, num_classes=classes)
     return resnet18(weights=None, num_classes=classes)
+
+
+def _imagenet_or_stand_in(weights: str, progress: bool) -> tuple[dict, str]:
+    try:
+        return _imagenet_weights()
+    except OSError as error:
+        if weights == "imagenet":
+            raise SourceUnavailable(
+                f"ImageNet weights could not be downloaded ({error}). Offline, use "
+                "weights='digits' for the stand-in, or 'auto' to choose by reach"
+            ) from error
+        logger.warning("ImageNet weights are out of reach (%s): using the stand-in", error)
+        return _stand_in_weights(progress)
 
 
 def _imagenet_weights() -> tuple[dict, str]:
@@ -135,7 +137,7 @@ def _imagenet_weights() -> tuple[dict, str]:
 def _stand_in_weights(progress: bool) -> tuple[dict, str]:
     """Pre-train on digits 0 to 4 once per recipe, and keep the result in torch's cache folder."""
     recipe = hashlib.sha256(f"{STAND_IN} {torch.__version__}".encode()).hexdigest()[:12]
-    path = Path(torch.hub.get_dir()).parent / "companion" / f"resnet18-{recipe}.safetensors"
+    path = cache_folder() / f"resnet18-{recipe}.safetensors"
     provenance = (
         f"resnet18: stand-in, pre-trained on {STAND_IN['task']} for {STAND_IN['steps']} steps"
     )

@@ -83,6 +83,11 @@ def load_task(name: str, **options) -> Task:
     return TASKS[name](name, **options)
 
 
+def cache_folder() -> Path:
+    """Return where downloads and stand-ins are kept: beside torch's own cache (TORCH_HOME)."""
+    return Path(torch.hub.get_dir()).parent / "companion"
+
+
 def _digits(digits: range, test_size: int, default_labels: int | None) -> Callable[..., Task]:
     """Build a loader of some digits: validation first, test last, training images between."""
 
@@ -130,7 +135,7 @@ def _cifar10(name: str, batch_size: int = 32) -> Task:
     to_tensor = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     )
-    folder = Path(torch.hub.get_dir()).parent / "companion"
+    folder = cache_folder()
     try:
         data = {part: CIFAR10(folder, part, transform=to_tensor, download=True)
                 for part in (True, False)}  # fmt: skip

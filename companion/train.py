@@ -160,7 +160,7 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         history, rng = History(**saved["history"]), saved["rng"]
 
-    batches = _forever(loader, seed, skip=start * accumulate)
+    batches = _forever(loader, seed, start * accumulate, rng)
     device = parameters[0].device
     with tqdm(total=steps, initial=start, disable=not progress, desc="fit", leave=False) as bar:
         for step in range(start, steps):
@@ -172,9 +172,6 @@ def fit(
             total = 0.0
             for _ in range(accumulate):
                 batch = _to(next(batches), device)
-                if rng is not None:  # after the skipped batches, before the first draw
-                    set_rng(rng)
-                    rng = None
                 loss = loss_fn(model, batch) / accumulate
                 _check_loss(loss, step)
                 loss.backward()
@@ -226,8 +223,11 @@ def _check_loss(loss: Tensor, step: int) -> None:
         raise NothingToTrain(_NO_GRADIENT)
 
 
-def _forever(loader: Iterable, seed: int, skip: int) -> Iterator:
-    """Yield batches without end, each pass seeded by its number, so any pass can be replayed."""
+def _forever(loader: Iterable, seed: int, skip: int, rng: tuple | None) -> Iterator:
+    """Yield batches without end, each pass seeded by its number, so any pass can be replayed.
+
+    On resume, `skip` batches are replayed unseen; then the generators continue from `rng`.
+    """
     seen = 0
     for epoch in count():
         _seed_everything(seed + epoch)
@@ -238,6 +238,8 @@ def _forever(loader: Iterable, seed: int, skip: int) -> Iterator:
             seen += 1
             if seen > skip:
                 yield batch
+            elif seen == skip:
+                set_rng(rng)
         if seen == before:
             raise EmptyLoader(
                 "the loader gave no batch: is the data set empty, or smaller than one batch with "

@@ -1,0 +1,422 @@
+# %% [markdown]
+# (ch03)=
+# # Step 2: `quantize_dynamic`, and what it leaves alone
+#
+# :::{epigraph}
+# At the city gate a guardian locked green spectacles onto everyone who entered, and from then
+# on all things looked green. "Does the whole city wear them?" asked Dorothy. "Everyone on my
+# list," said the guardian. She looked at his list. It was short, and the towers of the city were
+# not on it. Nobody had told the towers; nobody had told Dorothy either.
+# :::
+#
+# **What you will learn**
+#
+# - what dynamic quantization changes in a `Linear` or an `LSTM`, and where the integers sit;
+# - what it passes over without a word, and how to look before you trust it;
+# - how many bytes it saves, and why that depends on the layers a model is made of;
+# - why a quantized layer does not train.
+#
+# *Running time: under a minute on two cores.*
+
+# %%
+import warnings
+from collections import Counter
+
+import torch
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
+from torch.ao.quantization.quantization_mappings import get_default_dynamic_quant_module_mappings
+from torchvision.models import resnet18
+
+from companion import choose_scale, dequantize, fit, model_bytes, quantize
+from companion.check import check
+from companion.errors import NothingToTrain
+from companion.plots import bars
+
+warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
+generator = torch.Generator().manual_seed(0)
+
+# %% [markdown]
+# ## One layer, by hand
+#
+# {term}`Dynamic quantization <dynamic quantization>` stores the weights of a layer as 8-bit
+# integers and rounds its inputs while the model runs, when their range is known. The weights
+# come first: one {term}`scale` $s$ for the whole matrix ({term}`per-tensor`), then
+# {term}`rounding` and {term}`clipping`,
+#
+# $$ s = \frac{\max |w|}{(q_{\max} - q_{\min}) / 2}, \qquad q = \operatorname{clip}\big(\operatorname{round}(w / s),\, q_{\min},\, q_{\max}\big). $$
+#
+# [](ch04) takes this apart; here it is a few lines.
+
+# %%
+layer = nn.Linear(64, 32)
+with torch.no_grad():
+    layer.weight.copy_(torch.randn(32, 64, generator=generator))  # (out, in)
+    layer.bias.zero_()
+scale = layer.weight.detach().abs().max() / (255 / 2)
+by_hand = torch.clamp(torch.round(layer.weight.detach() * (1 / scale)), -128, 127)
+print(by_hand[0, :6].int().tolist())
+
+# %% [markdown]
+# The companion's `choose_scale` and `quantize` treat the last dimension as one group, so a
+# single scale for the matrix means one long row.
+
+# %%
+row = layer.weight.detach().flatten()  # (2048,)
+scale, zero_point = choose_scale(row, bits=8)
+integers = quantize(row, scale, zero_point, bits=8)
+print("same integers:", torch.equal(integers.float(), by_hand.flatten()))
+
+# %% [markdown]
+# And upstream's: one call, which returns a model whose `Linear` has become another class.
+
+# %%
+small = nn.Sequential(layer)
+dynamic = quantize_dynamic(small, {nn.Linear}, dtype=torch.qint8)
+packed = dynamic[0].weight()
+print(type(dynamic[0]).__module__ + "." + type(dynamic[0]).__name__)
+print("same integers:", torch.equal(packed.int_repr().flatten(), integers))
+
+# %% [markdown]
+# What the layer computes is the product with the *rounded* weights, on inputs that it rounds to
+# 8 bits as well. Neither rounding is free, so let us see them apart: the error of the layer, and
+# the error that its rounded weights would make on exact inputs.
+
+
+# %%
+def error(y, reference):
+    """Relative distance between two outputs."""
+    return ((y - reference).norm() / reference.norm()).item()
+
+
+x = torch.randn(16, 64, generator=generator)  # (batch, in)
+with torch.no_grad():
+    exact, served = layer(x), dynamic(x)
+    rounded_weights = x @ dequantize(integers, scale).view(32, 64).T
+print(f"served layer:          {error(served, exact):.3f}")
+print(f"rounded weights alone: {error(rounded_weights, exact):.3f}")
+
+# %% [markdown]
+# ## Where the inputs get their 8 bits
+#
+# The weights were rounded once, when the model was made. The inputs are rounded at every call,
+# onto a grid that spans whatever this call happens to contain. Their smallest value is rarely
+# minus their largest, so the grid may lie off-centre, and a {term}`zero point` $z$ says which
+# integer stands for 0.0. With $x \approx s_x (q_x - z)$ and $w \approx s_w q_w$, a layer is
+#
+# $$ y = s_x s_w \sum_k (q_x - z)_k\, (q_w)_k + b , $$
+#
+# a sum of integers and one multiplication at the end. On x86 processors the inputs get only half
+# of their 256 integers. The reason is a vector instruction that adds two products in a 16-bit
+# register:
+
+# %%
+print("largest number that 16 bits hold:  ", torch.iinfo(torch.int16).max)
+print("two products with inputs up to 255:", 2 * 255 * 128)
+print("two products with inputs up to 127:", 2 * 127 * 128)
+
+
+# %%
+def serve(x, top=255 if torch.backends.quantized.engine == "qnnpack" else 127):
+    """What the served layer computes for x of shape (batch, in); qnnpack is ARM's engine."""
+    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
+    step = (high - low) / top
+    zero = round(-low / step)
+    q_x = torch.clamp(torch.round(x / step) + zero, 0, top)  # (batch, in)
+    q_w = integers.view(32, 64).float()  # (out, in)
+    return step * scale * ((q_x - zero) @ q_w.T)  # the bias is zero here
+
+
+print("by hand = upstream, to five digits:", error(serve(x), served) < 1e-5)
+
+# %% [markdown]
+# No calibration data, no observers: that is the charm of the dynamic kind. The price is that
+# the whole call shares one grid, so that a row is rounded by its neighbours' range. In
+# [](ch05) the range is fixed beforehand, and this goes away.
+
+# %%
+with torch.no_grad():
+    float_alone = torch.cat([layer(row[None]) for row in x])  # one call per row
+    alone = torch.cat([dynamic(row[None]) for row in x])
+print("float:  alone = in the batch, to five digits:", error(float_alone, exact) < 1e-5)
+print("served: alone = in the batch, to five digits:", error(alone, served) < 1e-5)
+print(f"served: distance of the two: {error(alone, served):.3f}")
+
+# %% [markdown]
+# That distance is of the size of the rounding error itself, and harmless. It grows when one row
+# is loud: its range stretches the grid, and its quiet neighbours are left with few integers.
+
+# %%
+loud = x.clone()
+loud[0] *= 30
+with torch.no_grad():
+    neighbours = dynamic(loud)[1:]
+print(f"error of rows 1 to 15 beside an ordinary row 0: {error(served[1:], exact[1:]):.3f}")
+print(f"error of rows 1 to 15 beside a loud row 0:      {error(neighbours, exact[1:]):.3f}")
+
+# %% [markdown]
+# Large language models do have such loud values {cite}`dettmers2022`; a scale for every row of
+# inputs instead of one for all is the usual remedy.
+#
+# ## Who is on the list
+#
+# `quantize_dynamic` walks through the model, looks up the class of each layer in a table, and
+# swaps those that it finds and that you asked for. This is the table, as far as it concerns
+# ordinary layers.
+
+# %%
+table = get_default_dynamic_quant_module_mappings()  # float class -> quantized class
+ordinary = sorted(kind.__name__ for kind in table if kind.__module__.startswith("torch.nn"))
+print(*ordinary, sep="\n")
+print("Conv2d on the list:", nn.Conv2d in table)
+
+# %% [markdown]
+# Linear layers, recurrent layers, and two kinds of embedding (which want settings of their
+# own). No convolution. Dynamic quantization pays where time goes into fetching weights that
+# are used for a few rows and dropped; a convolution uses each of its weights at many positions
+# of the image. Upstream does have a dynamic `Conv2d` class, and warns against it for its poor
+# numerical accuracy. Leaving convolutions out is sound, then. What is missing is a word to the
+# caller, and a small helper can supply it.
+
+
+# %%
+def what_changed(before, after):
+    """Count the layers that hold weights, and say which of them became another class."""
+    fates = Counter()
+    for name, layer in before.named_modules():
+        if list(layer.parameters(recurse=False)):  # weights of its own
+            swapped = type(after.get_submodule(name)) is not type(layer)
+            fates[type(layer).__name__, "swapped" if swapped else "unchanged"] += 1
+    for (kind, fate), count in fates.items():
+        print(f"{count:3d} x {kind:31s} {fate}")
+
+
+# %% [markdown]
+# It compares the classes themselves, since a quantized `Linear` is still called `Linear`; only
+# its module tells. On a small text model all is well:
+
+# %%
+text = nn.ModuleDict({"words": nn.LSTM(64, 128), "label": nn.Linear(128, 5)})
+dynamic_text = quantize_dynamic(text, {nn.LSTM, nn.Linear}, dtype=torch.qint8)
+what_changed(text, dynamic_text)
+print(dynamic_text["words"])
+
+# %% [markdown]
+# In the LSTM each weight matrix has become integers; gates, cell state and outputs stay float,
+# and its inputs are rounded at every time step. Now the call of the recipe in [](ch01): ask for
+# the convolutions of a ResNet-18 {cite}`he2016`. Untrained weights will do, since a class is a
+# class.
+
+# %%
+torch.manual_seed(0)
+resnet = resnet18(weights=None).eval()  # 1000 classes
+asked = quantize_dynamic(resnet, {nn.Conv2d}, dtype=torch.qint8)
+what_changed(resnet, asked)
+
+# %%
+convolutions = [name for name, m in resnet.named_modules() if isinstance(m, nn.Conv2d)]
+still = [name for name in convolutions if type(asked.get_submodule(name)) is nn.Conv2d]
+image = torch.randn(2, 3, 32, 32, generator=generator)  # (batch, channels, height, width)
+with torch.no_grad():
+    same = torch.equal(asked(image), resnet(image))
+print(f"convolutions still float: {len(still)} of {len(convolutions)}")
+print(f"bytes before and after:   {model_bytes(resnet)} {model_bytes(asked)}")
+print(f"same output, bit for bit: {same}")
+
+# %% [markdown]
+# No exception, no warning, no integer. There are two more ways to be passed over. The class
+# must be *exactly* one that was asked for, so the output layer of attention, a subclass of
+# `Linear`, is skipped; and so are weights that sit in a layer outside the list, such as
+# attention's input projection.
+
+# %%
+block = nn.TransformerEncoderLayer(d_model=64, nhead=4)
+what_changed(block, quantize_dynamic(block, {nn.Linear}, dtype=torch.qint8))
+
+# %% [markdown]
+# And swapping happens in a parent's list of children, so a layer without a parent cannot be
+# swapped. (This is why `layer` went into an `nn.Sequential` above.)
+
+# %%
+what_changed(layer, quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8))
+
+# %% [markdown]
+# ## How many bytes
+#
+# A weight shrinks from four bytes to one, everything else stays. If a share $p$ of the
+# parameters sits in layers that are swapped, the file should shrink to about
+#
+# $$ \frac{\text{after}}{\text{before}} \approx \frac{p}{4} + (1 - p) = 1 - \tfrac34\, p . $$
+#
+# Three models, from all to hardly any:
+
+# %%
+models = {
+    "LSTM": nn.Sequential(nn.LSTM(256, 512)),
+    "MLP": nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10)),
+    "ResNet-18": resnet,
+}
+
+
+def share(model, kinds):
+    """Share of the parameters that sit in layers of these kinds."""
+    inside = [
+        p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)
+    ]
+    return sum(p.numel() for p in inside) / sum(p.numel() for p in model.parameters())
+
+
+# %%
+ratio = {}
+for name, model in models.items():
+    after = quantize_dynamic(model, {nn.LSTM, nn.Linear}, dtype=torch.qint8)
+    ratio[name] = model_bytes(after) / model_bytes(model)
+    p = share(model, (nn.LSTM, nn.Linear))
+    print(f"{name:9s} share {p:.3f}   predicted {1 - 0.75 * p:.3f}   measured {ratio[name]:.3f}")
+
+# %% mystnb={"image": {"alt": "Bars of the file size after dynamic quantization relative to before: about a quarter for an LSTM and an MLP, nearly one for ResNet-18."}}
+bars(ratio, xlabel="bytes after / bytes before", form="{:.2f}")
+
+# %% [markdown]
+# The first two come out a little above a quarter, for biases stay float and a file has a
+# header. ResNet-18 keeps nearly all its bytes, and the shares of its parameters say why:
+
+# %%
+for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
+    print(f"{kind.__name__:12s} {share(resnet, kind):6.1%}")
+
+# %% [markdown]
+# Its thousand-class `Linear` is all that this call can reach. A convolutional network needs the
+# other road, on which convolutions do have integer kernels: [](ch05).
+#
+# ## Why a quantized layer does not train
+#
+# The integers are packed for the kernel that multiplies them. They are no `nn.Parameter`, and
+# an integer has no small step to take.
+
+# %%
+served = quantize_dynamic(resnet, {nn.Linear}, dtype=torch.qint8)
+print("parameters of the classifier, float:    ", len(list(resnet.fc.parameters())))
+print("parameters of the classifier, quantized:", len(list(served.fc.parameters())))
+
+# %% [markdown]
+# Worse, the layer is a wall for those in front of it. The output claims to require a gradient,
+# and `backward()` runs through with no exception, only a warning that our first cell hides
+# ([](ch01) shows it). Count what has arrived:
+
+
+# %%
+def gradients(model):
+    """Run backward() once and count the parameters that it reached."""
+    model.zero_grad()
+    output = model(image)  # (2, 1000)
+    output.sum().backward()
+    reached = sum(p.grad is not None for p in model.parameters())
+    total = len(list(model.parameters()))
+    print(f"requires_grad: {output.requires_grad}   reached: {reached} of {total}")
+
+
+gradients(resnet)
+gradients(served)
+
+# %% [markdown]
+# A training loop around this model runs to its end and trains nothing. The companion's `fit`
+# looks at the gradients of the first step and refuses:
+
+# %%
+labels = torch.tensor([0, 1])
+try:
+    fit(served, [(image, labels)], steps=1, progress=False)
+except NothingToTrain as error:
+    print(error)
+
+# %% [markdown]
+# So dynamic quantization is a last step, for a model that has finished learning. Whoever wants
+# to train *for* the integers needs weights that stay float and only look like integers: the
+# fake quantization of [](ch05).
+#
+# ## Exercises
+#
+# ```{exercise} Count what stays float
+# :label: ch03-changed
+# Write `untouched(model)`: how many `Conv2d` and `Linear` layers, subclasses included, are
+# still float after `quantize_dynamic` was asked for `{nn.Conv2d, nn.Linear}`? Replace the `...`
+# and run the cell.
+# ```
+
+
+# %%
+def untouched(model):
+    return ...  # your turn
+
+
+check("ch03-changed", untouched)
+
+# %% [markdown]
+# ```{solution} ch03-changed
+# :class: dropdown
+# Make the call, then look at what is there. A quantized `Linear` is no `nn.Linear` any more,
+# so whatever still answers to a float class was left alone.
+# ```
+
+
+# %% tags=["hide-cell"]
+def untouched(model):
+    after = quantize_dynamic(model, {nn.Conv2d, nn.Linear}, dtype=torch.qint8)
+    return sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in after.modules())
+
+
+check("ch03-changed", untouched)
+
+# %% [markdown]
+# ```{exercise} Predict the size of an integer layer
+# :label: ch03-bytes
+# Write `predicted(inputs, outputs)`: the bytes of a dynamically quantized
+# `Linear(inputs, outputs)` relative to the float layer. Its bias stays float32; neglect the
+# header of the file and the one scale.
+# ```
+
+
+# %%
+def predicted(inputs, outputs):
+    return ...  # your turn
+
+
+check("ch03-bytes", predicted)
+
+# %% [markdown]
+# ```{solution} ch03-bytes
+# :class: dropdown
+# One byte per weight and four per bias, over four bytes for each of both: a wide layer comes
+# close to a quarter, a narrow one does not.
+# ```
+
+
+# %% tags=["hide-cell"]
+def predicted(inputs, outputs):
+    weights, biases = inputs * outputs, outputs
+    return (weights + 4 * biases) / (4 * weights + 4 * biases)
+
+
+check("ch03-bytes", predicted)
+
+# %% [markdown]
+# ## What we saw
+#
+# - Dynamic quantization replaces a `Linear` or an `LSTM` by a class that holds int8 weights and
+#   rounds its inputs anew at every call, on one grid for the whole batch. We computed the same
+#   outputs by hand, and a loud row spoiled its neighbours'.
+# - Classes that are not on the list, subclasses of those that are, and layers without a parent
+#   are passed over in silence: all convolutions of a ResNet-18 stayed float. Compare the
+#   classes before and after.
+# - The file shrinks to $1 - \tfrac34 p$, where $p$ is the share of parameters that were swapped:
+#   a quarter for an LSTM, next to nothing for ResNet-18.
+# - A quantized layer has no parameters and lets no gradient through, although the output says
+#   it requires one. Train first, or train with fake quantization.
+#
+# ## References
+#
+# - {cite:t}`jacob2018`: integers, scales and zero points for inference.
+# - {cite:t}`krishnamoorthi2018`: choices of grid for weights and activations, compared.
+# - {cite:t}`dettmers2022`: outliers in the activations of large language models.
+# - {cite:t}`he2016`: the residual network that stayed float.

@@ -1,0 +1,45 @@
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from companion import cli
+
+runner = CliRunner()
+
+
+def test_doctor_prints_one_line_per_check_and_passes_here():
+    result = runner.invoke(cli.app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    lines = result.output.strip().splitlines()
+    assert all(line.startswith(("OK  ", "FAIL")) for line in lines)
+    named = " ".join(lines)
+    for what in ("python", "torch", "threads", "quantized engines", "digits", "ImageNet"):
+        assert what in named
+    # tests run without a network: the source is reported, and does not fail the check
+    assert any(l.startswith("FAIL ImageNet") and l.endswith("(optional)") for l in lines)
+
+
+def test_doctor_fails_on_a_missing_engine(monkeypatch):
+    monkeypatch.setattr("torch.backends.quantized.supported_engines", ["none"])
+    result = runner.invoke(cli.app, ["doctor", "--no-network"])
+    assert result.exit_code == 1
+    assert "FAIL quantized engines: none in this build" in result.output
+    assert "ImageNet" not in result.output
+
+
+def test_doctor_survives_a_missing_package(monkeypatch):
+    monkeypatch.setitem(cli.TESTED, "no-such-package", "1.0")
+    result = runner.invoke(cli.app, ["doctor", "--no-network"])
+    assert result.exit_code == 0
+    assert "FAIL no-such-package" in result.output
+
+
+@pytest.mark.parametrize("command", [[sys.executable, "-m", "companion"], ["companion"]])
+def test_both_commands_exist_and_help(command):
+    if command == ["companion"]:
+        command = [str(__import__("pathlib").Path(sys.executable).with_name("companion"))]
+    run = subprocess.run([*command, "doctor", "--help"], capture_output=True, text=True, check=True)
+    assert "One OK or FAIL line each" in run.stdout
+    assert "Example" in run.stdout

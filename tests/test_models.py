@@ -1,0 +1,94 @@
+import logging
+from functools import partial
+
+import pytest
+import torch
+
+from companion import accuracy, fit, load_pretrained, load_task
+from companion.errors import SourceUnavailable
+from companion.evaluate import paired, predict
+from companion.models import new_resnet18
+from companion.tasks import cache_folder
+
+
+def test_stand_in_knows_its_digits():
+    model = load_pretrained(weights="digits")
+    assert accuracy(model, load_task("digits-0-4").test).low > 0.9
+    assert model.provenance.startswith("resnet18: stand-in, pre-trained on digits-0-4")
+
+
+def test_stand_in_is_cached_and_the_cache_is_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setitem(load_pretrained.__globals__["STAND_IN"], "steps", 1)
+    first = load_pretrained(weights="digits")
+    (file,) = cache_folder().iterdir()
+    assert file.suffix == ".safetensors"
+    stamp = file.stat().st_mtime_ns
+    second = load_pretrained(weights="digits")
+    assert file.stat().st_mtime_ns == stamp
+    assert torch.equal(first.conv1.weight, second.conv1.weight)
+
+
+def test_both_variants_hold_the_same_weights():
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    quantizable = load_pretrained(weights="digits").eval()
+    plain = load_pretrained(weights="digits", quantizable=False).eval()
+    assert type(plain) is not type(quantizable)
+    assert torch.equal(plain(x), quantizable(x))
+
+
+def test_a_number_of_classes_draws_a_fresh_classifier():
+    state = torch.random.get_rng_state()
+    kept = load_pretrained(weights="digits")
+    first, again, other = (load_pretrained(weights="digits", classes=5, seed=s) for s in (0, 0, 1))
+    assert torch.equal(first.fc.weight, again.fc.weight)
+    assert not torch.equal(first.fc.weight, other.fc.weight)
+    assert not torch.equal(first.fc.weight, kept.fc.weight)
+    assert torch.equal(first.conv1.weight, kept.conv1.weight)
+    assert load_pretrained(weights="digits", classes=7).fc.out_features == 7
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_without_a_network_imagenet_is_refused_and_auto_says_what_it_took(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(SourceUnavailable, match="weights='digits'"):
+        load_pretrained(weights="imagenet")
+    monkeypatch.undo()
+    with caplog.at_level(logging.WARNING):
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", _unreachable)
+        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", _unreachable)
+        model = load_pretrained(weights="auto")
+    assert "stand-in" in model.provenance
+    assert "using the stand-in" in caplog.text
+
+
+def _unreachable(*args, **kwargs):
+    raise OSError("no route")
+
+
+def test_imagenet_weights_are_taken_where_they_can_be_had(monkeypatch):
+    given = new_resnet18(1000, seed=3).state_dict()
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *a, **k: dict(given)
+    )
+    model = load_pretrained(weights="auto")
+    assert "ImageNet" in model.provenance
+    assert torch.equal(model.fc.weight, given["fc.weight"])
+
+
+@pytest.mark.parametrize("bad", [{"name": "resnet50"}, {"weights": "magic"}])
+def test_unknown_names_are_refused(bad):
+    with pytest.raises(ValueError, match="is unknown"):
+        load_pretrained(**bad)
+
+
+def test_fine_tuning_beats_training_from_scratch_at_equal_steps():
+    task = load_task("digits-5-9", batch_size=25)
+    arms = [load_pretrained(weights="digits", classes=5), new_resnet18(5)]
+    sgd = partial(torch.optim.SGD, lr=0.001, momentum=0.9)
+    for model in arms:
+        fit(model, task.train, steps=60, optimizer=sgd, schedule="constant")
+    (tuned, labels), (scratch, _) = (predict(model, task.test) for model in arms)
+    assert paired(tuned, scratch, labels).difference.low > 0.05

@@ -1,0 +1,45 @@
+"""What the README shows is what runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_ten_lines_run_and_print_what_they_say(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(code.strip().splitlines()) <= 12
+    exec(compile(code, "README.md", "exec"), {})
+    accuracy, share = re.search(
+        r"(0\.\d+) \[.*\] \(n = 596\) (0\.\d+)", capsys.readouterr().out
+    ).groups()
+    assert float(accuracy) > 0.6
+    assert 0.25 < float(share) < 0.27
+
+
+def test_named_files_exist_and_chapters_are_listed():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in link:
+            assert (ROOT / link).exists(), link
+    for notebook in (ROOT / "book").glob("ch*.ipynb"):
+        assert notebook.name in README
+
+
+def test_make_targets_are_the_documented_ones():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):.*##", makefile, flags=re.M))
+    assert targets == {"help", "book", "test", "lab", "notebooks", "clean"}
+    for target in re.findall(r"`make (\w+)`", README):
+        assert target in targets
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="make is not used on Windows")
+def test_make_without_a_target_helps():
+    run = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "make test" in run.stdout or "test" in run.stdout
+    assert len(run.stdout.splitlines()) >= 6
