@@ -66,8 +66,8 @@ print("shape:", scans.images.shape, "  ink:", scans.images.min(), "to", scans.im
 print("images of each digit:", np.bincount(scans.target).tolist())
 
 # %% [markdown]
-# A ResNet halves its image five times, and after three of them nothing would be left of an
-# 8 x 8 scan. So the scans are enlarged, scaled to -1 to 1, and repeated for three colours.
+# A ResNet halves the sides of its image five times; after three halvings an 8 x 8 scan is a
+# single point. So the scans are enlarged, scaled to -1 to 1, and repeated for three colours.
 
 
 # %%
@@ -242,9 +242,7 @@ def tiny(seed=0):
 by_hand, by_fit = tiny(), tiny()
 print("batches per pass:", len(task.train))
 train(by_hand, task.train, passes=2)
-history = fit(
-    by_fit, task.train, steps=8, optimizer=sgd, schedule="constant", clip_norm=None, progress=False
-)
+history = fit(by_fit, task.train, steps=8, optimizer=sgd, schedule="constant", clip_norm=None)
 print("same weights, bit for bit:", torch.equal(by_hand[1].weight, by_fit[1].weight))
 print("losses recorded:", len(history.loss))
 
@@ -267,11 +265,12 @@ def power_cut():
     raise KeyboardInterrupt
 
 
-options = dict(steps=20, optimizer=sgd, schedule="constant", checkpoint_every=5, progress=False)
-folder = tempfile.mkdtemp()
+options = {"steps": 20, "optimizer": sgd, "schedule": "constant"}
+folder = tempfile.TemporaryDirectory()
+keep = {"checkpoint_dir": folder.name, "checkpoint_every": 5}
 with suppress(KeyboardInterrupt):
-    fit(tiny(), task.train, checkpoint_dir=folder, at={12: power_cut}, **options)
-print("left behind:", [path.name for path in Path(folder).iterdir()])
+    fit(tiny(), task.train, at={12: power_cut}, **options, **keep)
+print("left behind:", [path.name for path in Path(folder.name).iterdir()])
 
 # %% [markdown]
 # The file is in the safetensors format. A `.pt` file is a pickle, and loading a pickle can run
@@ -279,7 +278,7 @@ print("left behind:", [path.name for path in Path(folder).iterdir()])
 # that runs.
 
 # %%
-with safe_open(Path(folder) / "checkpoint.safetensors", framework="pt") as file:
+with safe_open(Path(folder.name, "checkpoint.safetensors"), framework="pt") as file:
     for name in sorted(file.keys()):
         print(name, tuple(file.get_slice(name).get_shape()))
 
@@ -289,10 +288,11 @@ with safe_open(Path(folder) / "checkpoint.safetensors", framework="pt") as file:
 
 # %%
 resumed, uninterrupted = tiny(seed=1), tiny()
-late = fit(resumed, task.train, checkpoint_dir=folder, resume=True, **options)
+late = fit(resumed, task.train, resume=True, **options, **keep)
 whole = fit(uninterrupted, task.train, **options)
 print("same weights, bit for bit:", torch.equal(resumed[1].weight, uninterrupted[1].weight))
 print("same losses:", late.loss == whole.loss, "over", len(late.loss), "steps")
+folder.cleanup()
 
 # %% [markdown]
 # Steps 10 and 11 were done twice, since the last checkpoint was older than the cut; the shuffle
@@ -310,17 +310,18 @@ print("same losses:", late.loss == whole.loss, "over", len(late.loss), "steps")
 def run(start, lr=0.001):
     """Train a model for 120 steps, and return its losses."""
     sgd = partial(torch.optim.SGD, lr=lr, momentum=0.9)
-    options = dict(steps=120, optimizer=sgd, schedule="constant", progress=False)
-    return fit(start, task.train, **options).loss
+    history = fit(start, task.train, steps=120, optimizer=sgd, schedule="constant")
+    return history.loss
 
 
 loss = {"pre-trained": run(model), "from scratch": run(scratch)}
 
-# %% mystnb={"image": {"alt": "Training loss over 120 steps for two starts. Both begin near the same height and fall; the line from pre-trained weights lies below the line from scratch."}}
+# %% mystnb={"image": {"alt": "Training loss over 120 steps for two starts. Both fall from about the same height and are entangled at first; later the line from pre-trained weights lies well below the line from scratch."}}
 curves(loss, xlabel="step", ylabel="training loss")
 
 # %% [markdown]
-# The training loss is what the model was pushed to do. What counts is the test part, and with a
+# Both begin with a fresh classifier and look alike for a while; then the pre-trained one pulls
+# ahead. But the training loss is only what the model was pushed to do. What counts is the test part, and with a
 # few hundred images a share of correct answers is uncertain. So each comes with its 95 %
 # {term}`Wilson interval` {cite}`wilson1927`, and the two models are compared on the same images:
 # the {term}`paired difference`, with a {term}`bootstrap` interval {cite}`efron1979`. [](ch07)
@@ -340,6 +341,8 @@ glue("ch02-scratch", proportion(fresh == truth).value, display=False)
 # The margin was fixed before the run: the whole interval of the difference above zero.
 
 # %%
+ends = {start: np.mean(losses[-20:]) for start, losses in loss.items()}
+print("lower training loss in the last 20 steps:", ends["pre-trained"] < ends["from scratch"])
 print("fine-tuned above from scratch:", low_rate.difference.low > 0)
 
 # %% [markdown]
@@ -439,8 +442,8 @@ def first_of_each(labels, k):
     return torch.cat([(labels == c).nonzero()[:k, 0] for c in labels.unique()])
 
 
-check("ch02-split", first_of_each)
 print("as in the task:", torch.equal(first_of_each(labels[list(pool)], 20) + pool[0], chosen))
+check("ch02-split", first_of_each)
 
 # %% [markdown]
 # ```{exercise} How linear is a network?

@@ -326,14 +326,14 @@ gradients(served)
 # %%
 labels = torch.tensor([0, 1])
 try:
-    fit(served, [(image, labels)], steps=1, progress=False)
+    fit(served, [(image, labels)], steps=1)
 except NothingToTrain as error:
     print(error)
 
 # %% [markdown]
 # So dynamic quantization is a last step, for a model that has finished learning. Whoever wants
-# to train *for* the integers needs weights that stay float and only look like integers: the
-# fake quantization of [](ch05).
+# to train *for* the integers needs weights that stay float and only look like integers:
+# {term}`fake quantization`, which [](ch05) inserts into a model.
 #
 # ## Exercises
 #

@@ -103,7 +103,7 @@ print("their means: ", torch.round(halves).mean().item(), torch.floor(halves + 0
 # %% [markdown]
 # Ties sound rare, but the formula above makes one in every group of weights that shares a
 # scale: the largest magnitude, divided by the scale, lies in the middle between two integers.
-# The last digit then decides on which side it falls. Our smallest weight shows it: PyTorch's
+# The last digit then decides on which side it falls. Our most negative weight shows it: PyTorch's
 # kernels compute $1/s$ once and multiply, since a division costs more, and in float32 that is not
 # quite the same number.
 

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from companion.evaluate import Estimate
@@ -62,6 +63,8 @@ def curves(
                 marker=MARKERS[index] if sparse else None)  # fmt: skip
         if sparse:
             ax.set_xticks(x)
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log_y:
         ax.set_yscale("log")
     return _finish(fig, ax, xlabel, ylabel, legend=len(series) > 1)

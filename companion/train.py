@@ -162,7 +162,8 @@ def fit(
 
     batches = _forever(loader, seed, start * accumulate, rng)
     device = parameters[0].device
-    with tqdm(total=steps, initial=start, disable=not progress, desc="fit", leave=False) as bar:
+    hide = {} if progress else {"disable": True}  # unless told here, TQDM_DISABLE decides
+    with tqdm(total=steps, initial=start, desc="fit", leave=False, **hide) as bar:
         for step in range(start, steps):
             if at and step in at:
                 at[step]()
