@@ -264,9 +264,9 @@ except AssertionError as error:
     print(error)
 
 # %% [markdown]
-# The mode also decides who may learn. In train mode a forward pass moves observers and batch-norm
-# statistics; in eval mode the wrapper leaves everything as it is, so that evaluating a model twice
-# gives the same answer twice.
+# The mode also decides what a forward pass may move. In train mode, scales and batch-norm statistics
+# follow the batch. In eval mode the wrapper stops both; only the scales of the weights are brought
+# up to date with the weights, once, and then looking changes nothing any more.
 
 
 # %%
@@ -283,7 +283,8 @@ batches = list(task.train)  # four batches of 25 images
 _ = small(batches[0][0])  # the first look: observers start from nothing
 print("train mode:", changed_by(lambda: small(batches[1][0]), small))
 _ = small.eval()
-print("eval mode: ", changed_by(lambda: small(batches[2][0]), small))
+for look in ("first", "second"):
+    print(f"eval mode, {look} look:", changed_by(lambda: small(batches[2][0]), small))
 
 # %% [markdown]
 # ## The loop stays an ordinary loop
@@ -443,7 +444,7 @@ print("bits  trained scale / converted scale")
 for bits in (8, 4, 3, 2):
     trained, converted = two_scales(narrowed(bits))
     ratio = trained / converted
-    print(f"{bits:4}  {ratio.min():.3f} to {ratio.max():.3f}")
+    print(f"{bits:4}  {ratio.min():.4f} to {ratio.max():.4f}")
 
 # %% [markdown]
 # At 8 bits nobody would notice. At 2 bits a channel may be served on steps of quite another size

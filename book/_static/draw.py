@@ -1,6 +1,6 @@
 """Draw the logo, the icon, the cover and the README's picture.
 
-    python book/_static/draw.py
+python book/_static/draw.py
 """
 
 import json
