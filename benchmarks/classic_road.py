@@ -35,19 +35,27 @@ def arms(seed: int, bits: tuple[int, ...], steps: int) -> Iterator[tuple[str, in
     def start() -> nn.Module:
         return load_pretrained(classes=len(task.classes), weights="digits", seed=seed)
 
+    late = int(FREEZE_AT * steps)
     scratch, control = new_resnet18(len(task.classes), seed), start()
     train(scratch)
     yield "scratch", 32, scratch
-    train(control)
+    train(control, at={late: partial(freeze_batch_norm, control)})
     yield "float", 32, control
     for width in bits:
         ptq = QuantWrapper(control).prepare_qat(width).calibrate(task.train)
         yield "ptq fake", width, ptq
         yield "ptq", width, ptq.convert()
         qat = QuantWrapper(start()).prepare_qat(width)
-        train(qat, at={int(FREEZE_AT * steps): qat.freeze})
+        train(qat, at={late: qat.freeze})
         yield "qat fake", width, qat
         yield "qat", width, qat.convert()
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Fix batch-norm statistics: QAT does so late, hence its float control must too."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
 
 
 def measure(seeds: int, bits: tuple[int, ...], steps: int) -> list[dict]:

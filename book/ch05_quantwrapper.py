@@ -424,8 +424,8 @@ print("fake and real int8 agree on 99 %:", (answers_fake == answers_int8).mean()
 # What did the wrapper save us? Upstream's own functions need the inner stubs removed, the fusing
 # called and a qconfig given. With observers of the same kind and the same batches, they arrive at a
 # network that differs from ours in small ways: its observers watch the float model, ours one
-# whose weights are already rounded. Fixed beforehand: weights of the first layer within one step
-# of each other, and the same class for at least 95 of 100 images.
+# whose weights are already rounded. We ask for weights of the first layer within one step of each
+# other, and for the same class for at least 95 of 100 images.
 
 # %%
 theirs = copy.deepcopy(model).eval()
@@ -492,8 +492,7 @@ print(f"{0.99**3:.3f}")
 
 # %% [markdown]
 # The same images in another order therefore give other ranges, and another model. How much does
-# that matter? We turn the list around, and ask, fixed beforehand, for the same class for 90 of 100
-# images.
+# that matter? We turn the list around, and ask for the same class for 90 of 100 images.
 
 # %% tags=["nbval-ignore-output"]
 turned = QuantWrapper(model).prepare_qat(8).calibrate(batches[::-1]).convert()
@@ -585,8 +584,8 @@ check("ch05-find", find)
 #   over half of the integers, so that sums of products fit; with few batches, the first decides.
 # - An int8 layer sums products of integers, rescales and rounds. We did it by hand and met upstream's
 #   result, in every output within a step.
-# - We compared on the same images, with margins fixed beforehand: int8 against float, fake against
-#   real, the wrapper against upstream's calls. The file is about a quarter of the size.
+# - We compared on the same images: int8 against float, fake against real, the wrapper against
+#   upstream's calls. The file is about a quarter of the size.
 #
 # ## References
 #

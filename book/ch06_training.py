@@ -363,8 +363,8 @@ curves(
 first, last = np.mean(qat_history.loss[:10]), np.mean(qat_history.loss[-10:])
 print(f"QAT loss, mean of 10 steps: first {first:.3f}, last {last:.3f}")
 print(f"float, last 10 steps: {np.mean(control_history.loss[-10:]):.3f}")
-glue("ch06-first-loss", first, display=False)
-glue("ch06-last-loss", last, display=False)
+glue("ch06-first-loss", float(first), display=False)
+glue("ch06-last-loss", float(last), display=False)
 
 # %% [markdown]
 # With every weight shown to the network in one of sixteen values, the loss went from
@@ -560,8 +560,8 @@ agreement = np.mean(fake_answers == real_answers)
 print(f"agreement {agreement:.4f} on {len(labels)} test images")
 accuracy = np.mean(real_answers == labels)
 print(f"accuracy of the converted network {accuracy:.3f}")
-glue("ch06-agreement", agreement, display=False)
-glue("ch06-accuracy", accuracy, display=False)
+glue("ch06-agreement", float(agreement), display=False)
+glue("ch06-accuracy", float(accuracy), display=False)
 
 # %%
 print("fake and converted agree on 99 % or more:", agreement >= 0.99)

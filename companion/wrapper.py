@@ -193,7 +193,7 @@ class QuantWrapper(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
-        elif self.stage == "prepared":  # evaluating a model must not change it
+        elif self.stage == "prepared":  # evaluation must not move activation ranges
             self._observe_activations(mode)
         return self
 
@@ -201,9 +201,9 @@ class QuantWrapper(nn.Module):
     def convert(self) -> QuantWrapper:
         """Turn fake quantization into real int8 layers.
 
-        Weights are set to their grid points first. Otherwise upstream would round them anew:
-        below 8 bits its int8 container has room beyond the grid, and the largest weight of a
-        channel, which sits on a tie, falls either way when batch norm is folded in.
+        Weights are set to their grid points first. Upstream would otherwise measure and round
+        them anew after folding batch norm in, and the largest weight of a channel, which sits
+        on a tie, can fall either way.
 
         Returns
         -------

@@ -61,9 +61,9 @@ def canvas(width, height, x, y, face="white"):
 def cover():
     fig, ax = canvas(800, 420, (-7.6, 7.6), (0, 8), PALE)
     ax.add_patch(Rectangle((-7.6, 0), 15.2, 5.0, color="#BFE0CF", zorder=0))
-    city(ax, 0, 4.9, 1.15)
-    road(ax, [32, 16, 8, 4, 2], length=4.95)
-    ax.text(-7.2, 7.2, "The Yellow Brick Road to Few Bits", fontsize=19, color="#14402D",
+    city(ax, 3.9, 4.9, 1.15)
+    road(ax, [32, 16, 8, 4, 2], x0=3.9, length=4.95)
+    ax.text(-7.2, 7.2, "The Yellow Brick Road to Few Bits", fontsize=17, color="#14402D",
             weight="bold")  # fmt: skip
     ax.text(-7.2, 6.65, "quantization-aware fine-tuning in PyTorch", fontsize=12, color="#14402D")
     fig.savefig(HERE / "cover.png")
