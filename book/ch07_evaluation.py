@@ -271,10 +271,10 @@ print("all widths alike:", len(set(sizes.values())) == 1)
 #
 # ## What to conclude
 #
-# - **8 bits: try rounding first.** It is cheap, and what it loses here is small. Train under
-#   rounding when that little matters.
-# - **4 bits and below: train.** Rounding afterwards loses much at 4 bits and everything at 2; training
-#   under rounding returns most of it, though at 2 bits not all.
+# - **8 bits: round.** Rounded, trained under rounding, and left in float, the three tie here.
+#   Training under rounding has nothing to give back.
+# - **4 bits and below: train.** Rounding afterwards loses much at 4 bits and everything at 2. Training
+#   under rounding ties with float at 4 bits; at 2 it returns most of what was lost, but not all.
 # - **Know the road's end.** Its API is deprecated, it stores nothing below a byte, and it knows
 #   convolutions rather than language models. That is where the next part begins.
 #
@@ -343,9 +343,9 @@ check("ch07-disagree", alone)
 #   the same.
 # - Pairing takes out the difficulty of the images, and shows a difference that two separate
 #   intervals hide.
-# - Against a float control of equal length, rounding is nearly free at 8 bits, costly at 4 and
-#   ruinous at 2; training under rounding ties with or exceeds the control at 8 and 4 bits, and
-#   falls behind it at 2, far above rounding.
+# - Against a float control of equal length, rounding is free at 8 bits, costly at 4 and ruinous at
+#   2; training under rounding ties with the control at 8 and 4 bits and falls behind it at 2, far
+#   above rounding.
 # - The file shrinks to a quarter at every width; fewer bits bring no fewer bytes on this road.
 #
 # ## References
