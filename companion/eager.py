@@ -77,6 +77,7 @@ def _half_range(observer: type) -> type:
 
 
 def fuse(model: nn.Module, ao) -> None:
+    """Merge convolution, batch norm and ReLU, by the model\'s own `fuse_model` or in sequence."""
     if hasattr(model, "fuse_model"):
         model.fuse_model(is_qat=True)
         return
@@ -105,6 +106,7 @@ def remove_stubs(model: nn.Module, ao) -> None:
 
 
 def refuse_unquantizable(model: nn.Module, ao) -> None:
+    """Raise the error, with its remedy, for a model that this road cannot carry."""
     packed = [
         name
         for name, module in model.named_modules()

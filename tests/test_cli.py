@@ -1,8 +1,11 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from companion import cli
@@ -23,7 +26,7 @@ def test_doctor_prints_one_line_per_check_and_passes_here():
 
 
 def test_doctor_fails_on_a_missing_engine(monkeypatch):
-    monkeypatch.setattr("torch.backends.quantized.supported_engines", ["none"])
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none"]))
     result = runner.invoke(cli.app, ["doctor", "--no-network"])
     assert result.exit_code == 1
     assert "FAIL quantized engines: none in this build" in result.output
@@ -40,7 +43,7 @@ def test_doctor_survives_a_missing_package(monkeypatch):
 @pytest.mark.parametrize("command", [[sys.executable, "-m", "companion"], ["companion"]])
 def test_both_commands_exist_and_help(command):
     if command == ["companion"]:
-        command = [str(__import__("pathlib").Path(sys.executable).with_name("companion"))]
+        command = [str(Path(sys.executable).with_name("companion"))]
     run = subprocess.run([*command, "doctor", "--help"], capture_output=True, text=True, check=True)
     assert "One OK or FAIL line each" in run.stdout
     assert "Example" in run.stdout
