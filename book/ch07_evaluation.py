@@ -278,6 +278,8 @@ print("all widths alike:", len(set(sizes.values())) == 1)
 # - **Know the road's end.** Its API is deprecated, it stores nothing below a byte, and it knows
 #   convolutions rather than language models. That is where the next part begins.
 #
+# ## Exercises
+#
 # ```{exercise} The interval from a count
 # :label: ch07-wilson
 # Write `interval(k, n)` that returns the lower and upper end of the Wilson interval at 95 %.
