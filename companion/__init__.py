@@ -3,7 +3,8 @@
 The names below are the public interface; each is explained where the book builds it.
 """
 
-from companion.evaluate import Estimate, accuracy, latency, model_bytes
+from companion.cost import latency, model_bytes
+from companion.evaluate import Estimate, accuracy
 from companion.integers import choose_scale, dequantize, fake_quantize, quantize
 from companion.models import load_pretrained
 from companion.scheme import W2, W3, W4, W4A8, W8, W8A8, Activations, QuantScheme

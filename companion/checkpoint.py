@@ -7,7 +7,6 @@ process killed at any moment leaves a complete checkpoint behind. Used by `fit`.
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from companion.errors import CheckpointError
+from companion.files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -29,6 +29,7 @@ def write_checkpoint(
     step: int,
     run: dict,
     history: dict[str, list],
+    best: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the state of a run to one file, replacing an older one atomically.
 
@@ -42,6 +43,8 @@ def write_checkpoint(
     run : dict
         What must be the same for a run to be continued; JSON values.
     history : dict of lists
+    best : dict of Tensor, optional
+        Weights that did best in validation.
 
     Examples
     --------
@@ -54,6 +57,7 @@ def write_checkpoint(
     """
     state = optimizer.state_dict()
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    tensors |= {f"best.{key}": value for key, value in (best or {}).items()}
     scalars: dict[str, dict] = {}
     for index, entry in state["state"].items():
         for key, value in entry.items():
@@ -71,14 +75,10 @@ def write_checkpoint(
         "optimizer_scalars": scalars,
         "rng": rng_rest,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     # clone: tied weights share memory, which the format refuses
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    save_file(tensors, partial, metadata={"companion": json.dumps(meta)})
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    metadata = {"companion": json.dumps(meta)}
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
 
 def read_checkpoint(path: Path, run: dict) -> dict:
@@ -93,7 +93,7 @@ def read_checkpoint(path: Path, run: dict) -> dict:
     Returns
     -------
     dict
-        ``step``, ``history``, ``model``, ``optimizer`` and ``rng`` (for `set_rng`).
+        ``step``, ``history``, ``model``, ``best``, ``optimizer`` and ``rng`` (for `set_rng`).
 
     Raises
     ------
@@ -111,7 +111,7 @@ def read_checkpoint(path: Path, run: dict) -> dict:
         raise CheckpointError(
             f"{path} is of another run ({differ}): use its values or a new folder"
         )
-    parts: dict[str, dict] = {"model": {}, "optimizer": {}, "rng": {}}
+    parts: dict[str, dict] = {"model": {}, "best": {}, "optimizer": {}, "rng": {}}
     for key, value in tensors.items():
         part, name = key.split(".", 1)
         parts[part][name] = value
@@ -123,6 +123,7 @@ def read_checkpoint(path: Path, run: dict) -> dict:
         "step": meta["step"],
         "history": meta["history"],
         "model": parts["model"],
+        "best": parts["best"],
         "optimizer": {"state": state, "param_groups": meta["param_groups"]},
         "rng": (parts["rng"], meta["rng"]),
     }

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from companion.errors import SourceUnavailable
-from companion.tasks import cache_folder, load_task
+from companion.files import cache_folder, write_atomically
+from companion.tasks import load_task
 from companion.train import fit
 
 logger = logging.getLogger(__name__)
@@ -147,8 +148,5 @@ def _stand_in_weights(progress: bool) -> tuple[dict, str]:
         sgd = partial(torch.optim.SGD, lr=STAND_IN["lr"], momentum=0.9)
         fit(model, task.train, steps=STAND_IN["steps"], optimizer=sgd, seed=STAND_IN["seed"],
             progress=progress)  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial")
-        save_file(model.state_dict(), partial_path)
-        partial_path.replace(path)
+        write_atomically(path, lambda partial: save_file(model.state_dict(), partial))
     return load_file(path), provenance

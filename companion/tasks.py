@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from companion.errors import SourceUnavailable
+from companion.files import cache_folder
 
 IMAGE_SIZE = 32
 VALIDATION_SIZE = 100
@@ -81,11 +81,6 @@ def load_task(name: str, **options) -> Task:
     if name not in TASKS:
         raise ValueError(f"task {name!r} is unknown: choose one of {', '.join(TASKS)}")
     return TASKS[name](name, **options)
-
-
-def cache_folder() -> Path:
-    """Return where downloads and stand-ins are kept: beside torch's own cache (TORCH_HOME)."""
-    return Path(torch.hub.get_dir()).parent / "companion"
 
 
 def _digits(digits: range, test_size: int, default_labels: int | None) -> Callable[..., Task]:

@@ -40,10 +40,13 @@ class History:
         Mean training loss of each step, before the update.
     learning_rate : list of float
         Learning rate of the first parameter group at each step.
+    validation : list of [int, float]
+        Optimizer steps done, and what `validate` returned then.
     """
 
     loss: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
+    validation: list[list] = field(default_factory=list)
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -55,7 +58,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     0.6931471824645996
     """
     if isinstance(batch, Mapping):
-        return model(**batch).loss
+        return model(**{key: value for key, value in batch.items() if key != "document"}).loss
     inputs, labels = batch
     return F.cross_entropy(model(inputs), labels)
 
@@ -72,6 +75,8 @@ def fit(
     clip_norm: float | None = 1.0,
     accumulate: int = 1,
     at: Mapping[int, Callable[[], Any]] | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    validate_every: int = 50,
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 50,
@@ -105,6 +110,11 @@ def fit(
     at : mapping of int to callable, optional
         Called once just before the step of that number (from 0), for example
         ``{80: wrapper.freeze}``. Repeated on resume, so that the model has the same form.
+    validate : callable, optional
+        ``validate(model)`` returns a number, lower is better, such as the validation loss. Called
+        before the first step, every `validate_every` steps and after the last; at the end
+        the model gets back the weights that did best.
+    validate_every : int
     seed : int
         Decides the order of the data and every random draw of the run.
     checkpoint_dir : path, optional
@@ -133,8 +143,8 @@ def fit(
     >>> history.loss[-1] < history.loss[0]
     True
     """
-    if steps < 1 or accumulate < 1 or checkpoint_every < 1:
-        raise ValueError("steps, accumulate and checkpoint_every must be at least 1")
+    if min(steps, accumulate, checkpoint_every, validate_every) < 1:
+        raise ValueError("steps, accumulate and the ..._every intervals must be at least 1")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise NothingToTrain(
@@ -146,7 +156,7 @@ def fit(
     factor = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     run = {"steps": steps, "accumulate": accumulate, "seed": seed, "schedule": str(schedule)}
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
-    history, start, rng = History(), 0, None
+    history, start, rng, best = History(), 0, None, {}
     if path is not None and path.exists():
         if not resume:
             raise CheckpointError(
@@ -158,10 +168,12 @@ def fit(
             at[step]()
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        history, rng = History(**saved["history"]), saved["rng"]
+        history, rng, best = History(**saved["history"]), saved["rng"], saved["best"]
 
     batches = _forever(loader, seed, start * accumulate, rng)
     device = parameters[0].device
+    if validate is not None and not start:
+        best = _validate(model, validate, 0, history, best)
     hide = {} if progress else {"disable": True}  # unless told here, TQDM_DISABLE decides
     with tqdm(total=steps, initial=start, desc="fit", leave=False, **hide) as bar:
         for step in range(start, steps):
@@ -186,8 +198,13 @@ def fit(
             history.learning_rate.append(optimizer.param_groups[0]["lr"])
             bar.set_postfix(loss=f"{total:.4f}", refresh=False)
             bar.update()
-            if path is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-                write_checkpoint(path, model, optimizer, step + 1, run, vars(history))
+            done = step + 1
+            if validate is not None and (done % validate_every == 0 or done == steps):
+                best = _validate(model, validate, done, history, best)
+            if path is not None and (done % checkpoint_every == 0 or done == steps):
+                write_checkpoint(path, model, optimizer, done, run, vars(history), best)
+    if best:
+        model.load_state_dict(best)
     return history
 
 
@@ -212,6 +229,16 @@ def _make_optimizer(optimizer, parameters: list, lr: float) -> torch.optim.Optim
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer
+
+
+def _validate(model: nn.Module, validate: Callable, done: int, history: History, best: dict) -> dict:
+    """Record the validation value; return the weights that did best so far."""
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it is iterated
+        value = float(validate(model))
+    history.validation.append([done, value])
+    if value > min(v for _, v in history.validation):
+        return best
+    return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
 
 
 def _check_loss(loss: Tensor, step: int) -> None:
