@@ -5,8 +5,11 @@ The names below are the public interface; each is explained where the book build
 
 from companion.cost import latency, model_bytes
 from companion.evaluate import Estimate, accuracy
-from companion.integers import choose_scale, dequantize, fake_quantize, quantize
+from companion.integers import choose_scale, dequantize, fake_quantize, pack, quantize, unpack
+from companion.language import perplexity, recovery
 from companion.models import load_pretrained
+from companion.packed import load_quantized, save_quantized
+from companion.qat import convert, prepare_qat
 from companion.scheme import W2, W3, W4, W4A8, W8, W8A8, Activations, QuantScheme
 from companion.tasks import load_task
 from companion.train import fit
@@ -27,12 +30,20 @@ __all__ = [
     "QuantWrapper",
     "accuracy",
     "choose_scale",
+    "convert",
     "dequantize",
     "fake_quantize",
     "fit",
     "latency",
     "load_pretrained",
+    "load_quantized",
     "load_task",
     "model_bytes",
+    "pack",
+    "perplexity",
+    "prepare_qat",
     "quantize",
+    "recovery",
+    "save_quantized",
+    "unpack",
 ]

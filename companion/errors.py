@@ -39,3 +39,11 @@ class CheckpointError(RuntimeError):
 
 class SourceUnavailable(RuntimeError):
     """A model or data set could not be had from any of the sources that were tried."""
+
+
+class UnknownLayer(ValueError):
+    """A name or pattern that matches no layer of the model."""
+
+
+class DamagedFile(RuntimeError):
+    """A saved model whose bytes are not those that were written."""

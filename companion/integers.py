@@ -1,8 +1,7 @@
 """The affine grid by formula: choose a scale, round to integers, come back, learn through it.
 
 Every function treats the **last dimension as one group**: ``x`` has shape ``(..., n)``, its
-scale and zero point ``(..., 1)``. Per-tensor, per-channel and per-group quantization are then
-three views of the same tensor (`to_groups`). Floor 2 of the house; built in chapters 4 and 6.
+scale ``(..., 1)``. Per-tensor, per-channel, per-group: three views (`to_groups`). Floor 2 of the house; built in chapters 4, 6 and 9.
 
 References
 ----------
@@ -15,7 +14,7 @@ neurons", 2013 (the straight-through estimator).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from companion.errors import SchemeError
 from companion.scheme import integer_range
@@ -118,8 +117,7 @@ def quantize(
 ) -> Tensor:
     """Round to the nearest integer of the grid: ``clip(round(x * (1 / scale)) + zero_point)``.
 
-    Multiplying by the reciprocal and rounding half to even is what PyTorch's own kernels do;
-    a division would move values that sit on a tie.
+    PyTorch's kernels multiply too: a division would move values that sit on a tie.
 
     Parameters
     ----------
@@ -204,21 +202,99 @@ def fake_quantize(
     >>> y.sum().backward(); x.grad
     tensor([1., 1., 0.])
     """
-    return _FakeQuantize.apply(x, scale, zero_point, *integer_range(bits, signed))
+    return fake_quantize_between(x, scale, zero_point, *integer_range(bits, signed))
+
+
+def fake_quantize_between(
+    x: Tensor, scale: Tensor, zero_point: Tensor | int, qmin: int, qmax: int
+) -> Tensor:
+    """Fake-quantize to any range of integers, such as the 0 to 127 of fast int8 kernels."""
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    """Store integers without gaps: 4 bits two to a byte, 3 bits eight in three bytes.
+
+    Eight neighbours become `bits` bytes, the first in the lowest bits, in two's complement;
+    a last dimension that eight does not divide is padded.
+
+    Parameters
+    ----------
+    q : Tensor, shape (..., n), int8
+    bits : int
+        Width of one integer, 2 to 8.
+
+    Returns
+    -------
+    Tensor, shape (..., ceil(n / 8) * bits), uint8
+
+    Raises
+    ------
+    SchemeError
+        If one does not fit.
+
+    Examples
+    --------
+    >>> pack(torch.tensor([1, 2, -1, 0, 0, 0, 0, 0], dtype=torch.int8), bits=4)
+    tensor([33, 15,  0,  0], dtype=torch.uint8)
+    """
+    qmin, qmax = integer_range(bits)
+    if q.numel() and not qmin <= q.min() <= q.max() <= qmax:
+        raise SchemeError(f"an integer lies outside {qmin} to {qmax} and does not fit {bits} bits")
+    q = nn.functional.pad(q, (0, -q.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    patterns = q.to(torch.int64) & (2**bits - 1)
+    eight = (patterns << (bits * torch.arange(8, device=q.device))).sum(-1, keepdim=True)
+    return ((eight >> (8 * torch.arange(bits, device=q.device))) & 255).to(torch.uint8).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Bring packed integers back: the inverse of `pack`.
+
+    Parameters
+    ----------
+    packed : Tensor, shape (..., ceil(n / 8) * bits), uint8
+    bits : int
+    n : int
+        How many integers each row holds.
+
+    Returns
+    -------
+    Tensor, shape (..., n), int8
+
+    Examples
+    --------
+    >>> q = torch.tensor([[-4, 3, 0, 1, -1]], dtype=torch.int8)
+    >>> torch.equal(unpack(pack(q, bits=3), bits=3, n=5), q)
+    True
+    """
+    octets = packed.unflatten(-1, (-1, bits)).to(torch.int64)
+    eight = (octets << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
+    patterns = (eight >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
+    sign = 2 ** (bits - 1)
+    return ((patterns ^ sign) - sign).to(torch.int8).flatten(-2)[..., :n]
 
 
 def _round(x: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
-    return torch.round(x.float() * (1.0 / scale.float())) + zero_point
+    # adding even a zero point of 0 turns -0.0 into 0.0, as integers would
+    return torch.mul(x.float(), 1.0 / scale.float()).round_().add_(zero_point)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, qmin, qmax):
-        rounded = _round(x, scale, zero_point)
-        ctx.save_for_backward((rounded >= qmin) & (rounded <= qmax))
-        return dequantize(rounded.clamp_(qmin, qmax), scale, zero_point, x.dtype)
+        whole = isinstance(zero_point, int)
+        ctx.save_for_backward(x, scale, *(() if whole else (zero_point,)))
+        ctx.zero_point, ctx.range = zero_point if whole else None, (qmin, qmax)
+        rounded = _round(x, scale, zero_point).clamp_(qmin, qmax)
+        if not whole or zero_point:
+            rounded.sub_(zero_point)
+        return rounded.mul_(scale.float()).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None, None
+        # Rounding again is cheaper than keeping a mask, and whole steps outside the range,
+        # cut at one, are that mask without a comparison, which CPUs do slowly.
+        x, scale, *rest = ctx.saved_tensors
+        rounded = _round(x, scale, rest[0] if rest else ctx.zero_point)
+        clipped = rounded.sub_(rounded.clamp(*ctx.range)).abs_().clamp_(max=1).to(grad.dtype)
+        return torch.addcmul(grad, grad, clipped, value=-1), None, None, None, None

@@ -231,7 +231,9 @@ def _make_optimizer(optimizer, parameters: list, lr: float) -> torch.optim.Optim
     return optimizer
 
 
-def _validate(model: nn.Module, validate: Callable, done: int, history: History, best: dict) -> dict:
+def _validate(
+    model: nn.Module, validate: Callable, done: int, history: History, best: dict
+) -> dict:
     """Record the validation value; return the weights that did best so far."""
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it is iterated
         value = float(validate(model))
