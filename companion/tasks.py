@@ -1,12 +1,13 @@
 """Data and tasks with fixed splits, all readable without a network.
 
-Floor 2 of the house. Built in chapter 2.
+Floor 3 of the house. Built in chapters 2 and 8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,8 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from companion.corpus import Corpus, docstrings, language_reference
 from companion.errors import SourceUnavailable
 from companion.files import cache_folder
+from companion.sources import load_tokenizer
+from companion.text import loaders
 
 IMAGE_SIZE = 32
 VALIDATION_SIZE = 100
@@ -30,9 +34,10 @@ class Task:
     ----------
     name : str
     train, validation, test : DataLoader
-        Batches ``(inputs, labels)``. `train` is shuffled, the others keep their order.
+        Batches ``(inputs, labels)``, or dictionaries for language models. `train` is
+        shuffled, the others keep their order.
     classes : tuple of str
-        What label 0, 1, ... mean.
+        What label 0, 1, ... mean; empty for language modelling.
     source : str
         Where the data comes from, and its licence.
     """
@@ -51,12 +56,16 @@ def load_task(name: str, **options) -> Task:
     Parameters
     ----------
     name : str
-        ``"digits-0-4"`` (to pre-train on), ``"digits-5-9"`` (to fine-tune on, few labels), or
-        ``"cifar10"`` (downloaded by torchvision where a network allows).
+        Images: ``"digits-0-4"`` (to pre-train on), ``"digits-5-9"`` (to fine-tune on, few
+        labels), ``"cifar10"`` (downloaded by torchvision where a network allows).
+        Language modelling: ``"language-reference"`` (Python's, to fine-tune on),
+        ``"docstrings"`` (what docs-lm was pre-trained on; larger test split), a local text,
+        JSON, CSV or Parquet file, or the Hub id of a data set.
     **options
-        ``batch_size`` (default 32), and for the digits ``labels_per_class``: training images
-        of each class, None for all that are not held out for
-        validation and test.
+        ``batch_size``; for the digits ``labels_per_class``, training images of each class
+        (None for all that are not held out); for language modelling ``tokenizer`` (default:
+        docs-lm's) and ``block_size`` (256 tokens), for docstrings ``documents`` (at most so
+        many of each split), for files and Hub ids ``text_column`` and ``config``.
 
     Returns
     -------
@@ -77,10 +86,17 @@ def load_task(name: str, **options) -> Task:
     (torch.Size([16, 3, 32, 32]), True)
     >>> len(task.train.dataset), len(task.validation.dataset), len(task.test.dataset)
     (100, 100, 596)
+    >>> next(iter(load_task("language-reference").train))["input_ids"].shape
+    torch.Size([8, 256])
     """
-    if name not in TASKS:
-        raise ValueError(f"task {name!r} is unknown: choose one of {', '.join(TASKS)}")
-    return TASKS[name](name, **options)
+    if name in TASKS:
+        return TASKS[name](name, **options)
+    if Path(name).exists() or "/" in name:
+        return _data_set(name, **options)
+    raise ValueError(
+        f"task {name!r} is unknown: choose one of {', '.join(TASKS)}, a file, or the Hub id of a "
+        "data set (owner/name)"
+    )
 
 
 def _digits(digits: range, test_size: int, default_labels: int | None) -> Callable[..., Task]:
@@ -152,8 +168,72 @@ def _cifar10(name: str, batch_size: int = 32) -> Task:
     )
 
 
+def _language_reference(name: str, **options) -> Task:
+    reference = language_reference()
+    source = f"the Python {reference.versions['python']} language reference (PSF licence)"
+    return _language_task(name, reference, source, **options)
+
+
+def _docstrings(name: str, documents: int | None = None, progress: bool = True, **options) -> Task:
+    corpus = docstrings(progress=progress)
+    splits = {part: getattr(corpus, part)[:documents] for part in ("train", "validation", "test")}
+    source = f"docstrings of {', '.join(f'{k} {v}' for k, v in corpus.versions.items())}"
+    return _language_task(name, Corpus(versions=corpus.versions, **splits), source, **options)
+
+
+def _data_set(name: str, text_column: str = "text", config: str | None = None, **options) -> Task:
+    """Read a file or a Hub data set through `datasets`; unsplit data is split 8 : 1 : 1."""
+    from datasets import load_dataset
+
+    kinds = {
+        ".txt": "text",
+        ".json": "json",
+        ".jsonl": "json",
+        ".csv": "csv",
+        ".parquet": "parquet",
+    }
+    path = Path(name)
+    if path.exists() and path.suffix not in kinds:
+        raise ValueError(f"{name}: the file must end in {', '.join(kinds)}")
+    try:
+        if path.exists():
+            extra = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+            data = load_dataset(kinds[path.suffix], data_files=str(path), **extra)
+        else:
+            data = load_dataset(name, config)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceUnavailable(f"{name} could not be read: {error}") from error
+    if text_column not in data["train"].column_names:
+        raise ValueError(
+            f"{name} has no column {text_column!r}: pass text_column, one of "
+            f"{', '.join(data['train'].column_names)}"
+        )
+    if not {"validation", "test"} <= set(data):
+        if len(data["train"]) < 10:
+            raise SourceUnavailable(f"{name} holds fewer than 10 documents: too few to split")
+        most, rest = data["train"].train_test_split(0.2, seed=0).values()
+        validation, test = rest.train_test_split(0.5, seed=0).values()
+        data = {"train": most, "validation": validation, "test": test}
+    splits = {
+        part: tuple(text for text in data[part][text_column] if text and text.strip())
+        for part in ("train", "validation", "test")
+    }
+    return _language_task(name, Corpus(versions={}, **splits), name, **options)
+
+
+def _language_task(
+    name: str, corpus: Corpus, source: str, tokenizer=None, block_size=256, batch_size=8
+) -> Task:
+    splits = (corpus.train, corpus.validation, corpus.test)
+    tokenizer = tokenizer or load_tokenizer("docs-lm")
+    parts = loaders(splits, tokenizer, block_size=block_size, batch_size=batch_size)
+    return Task(name, *parts, classes=(), source=source)
+
+
 TASKS: dict[str, Callable[..., Task]] = {
     "digits-0-4": _digits(range(0, 5), test_size=200, default_labels=None),
     "digits-5-9": _digits(range(5, 10), test_size=596, default_labels=20),
     "cifar10": _cifar10,
+    "language-reference": _language_reference,
+    "docstrings": _docstrings,
 }

