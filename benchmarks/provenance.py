@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("companion", "torch", "torchvision", "numpy", "scikit-learn")
+PACKAGES = ("companion", "torch", "torchvision", "transformers", "numpy", "scikit-learn")
 
 
 def provenance(**settings) -> dict:

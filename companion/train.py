@@ -154,7 +154,8 @@ def fit(
     model.train()
     optimizer = _make_optimizer(optimizer, parameters, lr)
     factor = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    run = {"steps": steps, "accumulate": accumulate, "seed": seed, "schedule": str(schedule)}
+    named = schedule if isinstance(schedule, str) else getattr(schedule, "__qualname__", "custom")
+    run = {"steps": steps, "accumulate": accumulate, "seed": seed, "schedule": named}
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
     history, start, rng, best = History(), 0, None, {}
     if path is not None and path.exists():

