@@ -8,8 +8,18 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from companion.exercises import Exercise
+
+
+def _gradient(rounded: Tensor, bits: int, ends: bool) -> Tensor:
+    """Straight-through gradient of rounded values, with or without the ends of the grid."""
+    clipped = rounded.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    at_end = (rounded == -(2 ** (bits - 1))) | (rounded == 2 ** (bits - 1) - 1)
+    return ((rounded == clipped) & (ends | ~at_end)).float()
+
 
 LANGUAGE_MODELS: dict[str, Exercise] = {
     "ch08-perplexity": Exercise(
@@ -21,5 +31,30 @@ LANGUAGE_MODELS: dict[str, Exercise] = {
         lambda n, size: math.ceil(n / (size - 1)),
         "the first token of a window is context only, so a window scores at most size - 1 tokens.",
         [(3, 3), (255, 256), (256, 256), (1000, 256)],
+    ),
+    "ch09-bits": Exercise(
+        lambda bits, group_size, scale_bits: bits + scale_bits / group_size,
+        "the scale of a group is shared by its group_size weights.",
+        [(4, 32, 16), (2, 64, 16), (3, 128, 32)],
+    ),
+    "ch09-pack": Exercise(
+        lambda first, second: (first & 15) | ((second & 15) << 4),
+        "x & 15 keeps the four lowest bits of a negative number, too; << 4 moves them up by four.",
+        [(1, 2), (-1, 0), (-8, 7), (3, -5)],
+    ),
+    "ch10-recovery": Exercise(
+        lambda control, ptq, qat: float(np.log(ptq / qat) / np.log(ptq / control)),
+        "the loss is the logarithm of the perplexity: (ptq - qat) / (ptq - control) of the logs.",
+        [(20.0, 30.0, 22.0), (12.0, 60.0, 18.0), (20.0, 30.0, 30.0)],
+    ),
+    "ch10-ste": Exercise(
+        _gradient,
+        "compare with -2**(bits-1) and 2**(bits-1) - 1, by <= if ends else by <, and cast to float.",
+        [
+            (torch.tensor([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]), 2, True),
+            (torch.tensor([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]), 2, False),
+            (torch.arange(-10.0, 10.0), 4, True),
+            (torch.arange(-10.0, 10.0).view(4, 5), 4, False),
+        ],
     ),
 }

@@ -139,6 +139,44 @@ def estimates_by_bits(
     return _finish(fig, ax, "bits per weight", ylabel, legend=True)
 
 
+def heatmap(
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    xlabel: str,
+    ylabel: str,
+    form: str = "{:.1f}",
+) -> Figure:
+    """Draw a table as shaded cells, the larger the darker, each with its number in it.
+
+    Parameters
+    ----------
+    values : ndarray, shape (rows, columns)
+    rows, columns : sequence of str
+        Labels, the first row on top.
+    xlabel, ylabel : str
+    form : str
+        How a number is written.
+
+    Examples
+    --------
+    >>> heatmap(np.eye(2), ["0", "1"], ["q", "k"], xlabel="layer", ylabel="block")
+    <Figure size 715x231 with 1 Axes>
+    """
+    fig, ax = _axes(height=1.1 + 0.5 * len(rows))
+    values = np.asarray(values)
+    ax.imshow(values, cmap="Greys", aspect="auto", vmin=min(0.0, values.min()))
+    middle = (min(0.0, values.min()) + values.max()) / 2
+    for (row, column), value in np.ndenumerate(values):
+        ax.text(column, row, form.format(value), ha="center", va="center",
+                color="white" if value > middle else "black")  # fmt: skip
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.grid(visible=False)
+    return _finish(fig, ax, xlabel, ylabel)
+
+
 def images(batch: np.ndarray, titles: Sequence[str]) -> Figure:
     """Show a row of grey images, each with a title.
 

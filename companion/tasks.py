@@ -5,6 +5,8 @@ Floor 3 of the house. Built in chapters 2 and 8.
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from companion.corpus import Corpus, docstrings, language_reference
 from companion.errors import SourceUnavailable
 from companion.files import cache_folder
-from companion.sources import load_tokenizer
+from companion.sources import find, load_tokenizer
 from companion.text import loaders
 
 IMAGE_SIZE = 32
@@ -176,9 +178,27 @@ def _language_reference(name: str, **options) -> Task:
 
 def _docstrings(name: str, documents: int | None = None, progress: bool = True, **options) -> Task:
     corpus = docstrings(progress=progress)
+    _announce_difference(corpus)
     splits = {part: getattr(corpus, part)[:documents] for part in ("train", "validation", "test")}
     source = f"docstrings of {', '.join(f'{k} {v}' for k, v in corpus.versions.items())}"
     return _language_task(name, Corpus(versions=corpus.versions, **splits), source, **options)
+
+
+def _announce_difference(corpus: Corpus) -> None:
+    """Warn where this machine's packages hold other text than docs-lm was pre-trained on."""
+    shipped = json.loads(Path(find("docs-lm")[0], "training.json").read_text())
+    if corpus.sha256 != shipped["corpus_sha256"]:
+        others = [
+            f"{name} {found} (there {shipped['versions'].get(name)})"
+            for name, found in corpus.versions.items()
+            if found != shipped["versions"].get(name)
+        ]
+        warnings.warn(
+            f"the docstrings of this machine (sha256 {corpus.sha256[:12]}) are not those that docs-lm "
+            f"was pre-trained on ({shipped['corpus_sha256'][:12]}): {', '.join(others)}. Some held-out "
+            "text may have been seen, and numbers differ a little from the book's",
+            stacklevel=3,
+        )
 
 
 def _data_set(name: str, text_column: str = "text", config: str | None = None, **options) -> Task:

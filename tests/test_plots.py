@@ -19,6 +19,7 @@ E = Estimate(0.9, 0.85, 0.93, 100)
         plots.histogram(np.arange(9.0), xlabel="w", marks={"grid": [1, 2]}),
         plots.scatter(np.arange(3), np.arange(3), xlabel="x", ylabel="y"),
         plots.staircase(np.arange(3), np.arange(3), np.ones(3)),
+        plots.heatmap(np.eye(2), ["0", "1"], ["q", "k"], xlabel="layer", ylabel="block"),
     ],
 )
 def test_figures_are_labelled_and_draw(figure):
@@ -45,3 +46,14 @@ def test_bars_carry_their_numbers():
 def test_images_show_each_with_its_title():
     figure = plots.images(np.zeros((3, 8, 8)), ["5", "6", "7"])
     assert [ax.get_title() for ax in figure.axes] == ["5", "6", "7"]
+
+
+def test_a_heatmap_writes_its_numbers_readably():
+    figure = plots.heatmap(
+        np.array([[0.0, 2.0], [1.5, -0.5]]), ["0", "1"], ["q", "k"], xlabel="x", ylabel="y"
+    )
+    axes = figure.axes[0]
+    texts = {t.get_text(): t.get_color() for t in axes.texts}
+    assert texts == {"0.0": "black", "2.0": "white", "1.5": "white", "-0.5": "black"}
+    assert [t.get_position() for t in axes.texts][2] == (0, 1)  # second row, first column
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "1"]

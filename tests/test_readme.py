@@ -7,19 +7,28 @@ from pathlib import Path
 
 import pytest
 
+from companion import load_pretrained, load_quantized
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_ten_lines_run_and_print_what_they_say(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(code.strip().splitlines()) <= 12
-    exec(compile(code, "README.md", "exec"), {})
+def test_snippets_run_and_print_what_they_say(capsys, tmp_path, monkeypatch):
+    images, language = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert max(len(code.strip().splitlines()) for code in (images, language)) <= 12
+    monkeypatch.chdir(tmp_path)
+    exec(compile(images, "README.md", "exec"), {})
     accuracy, share = re.search(
         r"(0\.\d+) \[.*\] \(n = 596\) (0\.\d+)", capsys.readouterr().out
     ).groups()
     assert float(accuracy) > 0.6
     assert 0.25 < float(share) < 0.27
+    names: dict = {}
+    exec(compile(language, "README.md", "exec"), names)
+    value = float(re.match(r"(\d+\.\d+) \[", capsys.readouterr().out).group(1))
+    assert value < names["perplexity"](load_pretrained("docs-lm"), names["task"].test).value
+    again = load_quantized(tmp_path / "my-model-w4")
+    assert names["perplexity"](again, names["task"].test).value == pytest.approx(value, abs=1e-3)
 
 
 def test_named_files_exist_and_chapters_are_listed():

@@ -1,0 +1,379 @@
+# %% [markdown]
+# (ch08)=
+# # A language model of our own
+#
+# :::{epigraph}
+# Behind the green city the road ran through a field of wheat, and in it stood a scarecrow who was
+# reading the label on a sack. "I was stuffed with instructions," he said, "and know nothing else.
+# But begin a sentence, and I can guess how it goes on." Dorothy began one. He guessed; he
+# hesitated; he guessed again. She did not ask him whether he was clever. She asked between how many
+# words he had hesitated, for that was a thing one could count.
+# :::
+#
+# Here the second part begins: language models, whose weights sit almost all in `Linear` layers. To
+# see what few bits do to one, we need one that was trained in earnest, that runs on a laptop, and
+# whose every training text we know. This chapter gets to know it while it is still in floating point.
+#
+# **What you will learn**
+#
+# - how text becomes tokens, and how to know that what you measure on was never trained on;
+# - what the model is made of, and how much of it `Linear` layers and the embedding take;
+# - what perplexity is, by hand and with the companion, and how to give every token one turn;
+# - how to fine-tune on little text without fooling yourself;
+# - how the same calls take a model and a text of yours.
+#
+# *Running time: about two minutes on two cores.*
+
+# %%
+import copy
+import json
+import re
+import tempfile
+from collections import Counter
+from math import exp
+from pathlib import Path
+
+import numpy as np
+import torch
+from myst_nb import glue
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import companion
+from companion import Estimate, fit, load_pretrained, load_task, perplexity
+from companion.check import check
+from companion.corpus import language_reference, ngrams
+from companion.language import DocumentLosses, as_perplexity, document_losses, loss_difference
+from companion.plots import bars, curves, estimates
+from companion.pretrain import train_tokenizer
+from companion.sources import load_tokenizer
+from companion.text import Trigram, encode, windows
+
+# %% [markdown]
+# ## From letters to tokens
+#
+# A language model reads numbers from a fixed list, its vocabulary. Single letters would make a
+# short list and long texts; whole words a list without end. **Byte-pair encoding** starts from
+# letters and glues together the pair of neighbours that occurs most often, again and again
+# {cite}`sennrich2016`. The space belongs to the word that follows it, and no pair reaches across
+# words. One sentence is enough to watch it:
+
+# %%
+sentence = "the lizard saw the wizard and the wizard saw the blizzard"
+words = [list(word.replace(" ", "Ġ")) for word in re.findall(r" ?\w+", sentence)]
+vocabulary = sorted({letter for word in words for letter in word})
+print(words[1], len(vocabulary), "letters to begin with")
+
+
+# %%
+def most_frequent_pair(words):
+    counts = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+    place = vocabulary.index  # among equals, the pair that stands first in the vocabulary
+    return min(counts, key=lambda pair: (-counts[pair], place(pair[0]), place(pair[1])))
+
+
+def glue_together(word, pair):
+    out = []
+    for token in word:
+        joined = out and (out[-1], token) == pair
+        out = [*out[:-1], out[-1] + token] if joined else [*out, token]
+    return out
+
+
+# %%
+merges = []
+for _ in range(8):
+    pair = most_frequent_pair(words)
+    words = [glue_together(word, pair) for word in words]
+    vocabulary.append("".join(pair))
+    merges.append(pair)
+    print(pair[0], "+", pair[1], "->", vocabulary[-1])
+print(words)
+
+# %% [markdown]
+# The companion trains its tokenizers with the library `tokenizers`, on bytes instead of letters, so
+# that there is no text it cannot write. On our sentence, with room for the 256 bytes, one
+# token that marks the start, and eight merges, it has to find the same eight.
+
+# %%
+tiny = train_tokenizer([sentence], vocabulary=256 + 1 + 8)
+upstream = json.loads(tiny.backend_tokenizer.to_str())["model"]["merges"]
+print("the same merges:", [tuple(pair) for pair in upstream] == merges)
+print("the same tokens:", tiny.tokenize(sentence) == [token for word in words for token in word])
+
+# %% [markdown]
+# The tokenizer that comes with the model made its merges on all of the training text.
+
+# %%
+tokenizer = load_tokenizer("docs-lm")
+line = "Return the sorted keys of a dictionary; raises TypeError for an unhashable wizard."
+tokens = encode([line], tokenizer)[0]
+print(tokenizer.convert_ids_to_tokens(tokens))
+print("vocabulary:", len(tokenizer), "  there and back:", tokenizer.decode(tokens) == line)
+print("tokens:", len(tokens), "for", len(line), "characters")
+
+# %% [markdown]
+# What the corpus is full of is one token; what it hardly knows comes in pieces.
+#
+# ## Where the text comes from
+#
+# The model read the docstrings of the packages that this course installs anyway: real English, by
+# real authors, about a narrow world. Nothing of it lies in this repository. The record of the
+# training run says what was read.
+
+# %%
+shipped = Path(companion.__file__).parent / "assets" / "docs-lm" / "training.json"
+report = json.loads(shipped.read_text())
+print("documents (train, validation, test):", report["documents"])
+print("tokens to train on:", f"{report['training_tokens']:,}", "  seen:", f"{report['tokens_seen']:,}")
+print("packages:", *sorted(report["versions"]))
+print("sha256 of the text:", report["corpus_sha256"][:16])
+
+# %% [markdown]
+# What a model has read it can recite, and then a test measures memory. Three rules keep the parts
+# apart: a document occurs once; all docstrings of one source file go into one split; and a held-out
+# docstring that shares 13 words in a row with the training split is dropped. With other versions of
+# the packages you would get a slightly other corpus, and another hash.
+#
+# To fine-tune we take a text that the model has not seen at all: the Python language reference,
+# which every CPython carries with it.
+
+# %%
+reference = language_reference()
+splits = {part: getattr(reference, part) for part in ("train", "validation", "test")}
+for part, documents in splits.items():
+    n = sum(len(ids) for ids in encode(documents, tokenizer))
+    print(f"{part:10s} {len(documents):3d} documents {n:7,d} tokens")
+
+
+# %% [markdown]
+# A few long topics to train on and many short ones to be tested on, because an interval counts
+# documents. Is anything shared? By hand, as sets of 13 words in a row:
+
+
+# %%
+def runs(documents, n=13):
+    found = set()
+    for document in documents:
+        w = re.findall(r"\w+", document.lower())
+        found |= {tuple(w[i : i + n]) for i in range(len(w) - n + 1)}
+    return found
+
+
+by_hand = {part: runs(documents) for part, documents in splits.items()}
+for part, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+    print(f"13 words in both {part} and {other}:", len(by_hand[part] & by_hand[other]))
+
+# %% [markdown]
+# The companion's `ngrams` hashes the runs, which is what makes ten million words feasible. It must
+# find as many.
+
+# %%
+hashed = {p: np.unique(np.concatenate([ngrams(d) for d in docs])) for p, docs in splits.items()}
+print("as many distinct runs:", all(len(hashed[p]) == len(by_hand[p]) for p in splits))
+print("shared, hashed:", len(np.intersect1d(hashed["train"], hashed["test"])))
+
+# %% [markdown]
+# ## What the model is made of
+#
+# `docs-lm` has the architecture of Llama {cite}`touvron2023`, four layers of it.
+
+# %%
+model = load_pretrained("docs-lm").eval()
+parts = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "feed-forward"}
+sizes = Counter()
+for name, p in model.named_parameters():
+    sizes[next((label for key, label in parts.items() if key in name), "norms")] += p.numel()
+total = sum(sizes.values())
+for label, n in sizes.most_common():
+    print(f"{label:13s} {n:9,d}  {n / total:6.1%}")
+print(f"{'all':13s} {total:9,d}")
+
+# %% mystnb={"image": {"alt": "Horizontal bars of millions of parameters: feed-forward layers the most, then the embedding, then attention; the norms are close to none."}}
+bars({k: n / 1e6 for k, n in sizes.most_common()}, xlabel="million parameters", form="{:.2f}")
+
+# %% [markdown]
+# The output layer is missing from the table. It is a `Linear` from 256 numbers to 4,096 scores, and
+# it shares its weight with the embedding ({cite:t}`press2017`): one matrix, used to read and to
+# write.
+
+# %%
+body = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+inside = sum(p.numel() for m in body for p in m.parameters())
+print("one matrix:", model.lm_head.weight is model.get_input_embeddings().weight,
+      tuple(model.lm_head.weight.shape))  # fmt: skip
+print(f"Linear layers without the output: {len(body)}, {inside:,} parameters, {inside / total:.1%}")
+
+# %% [markdown]
+# So rounding the `Linear` layers of the body reaches not quite 70 % of this model, and the
+# matrix that is left in float would soon be the larger part of the file. In a model of seven billion
+# parameters the embedding is a few percent. Small models are honest about this; [](ch10) returns to
+# it.
+#
+# ## Between how many words it hesitates
+#
+# At every place the model gives each token of the vocabulary a probability. Training and testing ask
+# the same question: how probable was the token that came? For tokens $t_1, \dots, t_n$ the **loss**
+# is the mean of $-\log p(t_i \mid t_0 \dots t_{i-1})$, in nats, and **perplexity** its exponential
+# {cite}`jelinek1977`:
+#
+# $$ \operatorname{ppl} = \exp\Big(-\frac1n \sum_{i=1}^{n} \log p(t_i \mid t_0, \dots, t_{i-1})\Big). $$
+#
+# If it hesitated between $k$ equally likely tokens each time, its perplexity would be $k$. One that
+# knows nothing hesitates between all:
+
+# %%
+know_nothing = torch.zeros(5, len(tokenizer), dtype=torch.double)  # (tokens, vocabulary)
+print(round(F.cross_entropy(know_nothing, torch.arange(5)).exp().item(), 6))
+
+# %% [markdown]
+# Now the model, on the line from above. A start token stands before it, so that its first token is
+# predicted too. Logits at place $i$ are about the token at place $i + 1$.
+
+# %%
+start = tokenizer.bos_token_id
+ids = torch.tensor([[start, *tokens]])  # (1, n + 1)
+with torch.no_grad():
+    logits = model(ids).logits  # (1, n + 1, vocabulary)
+    logs = logits[0, :-1].log_softmax(-1)  # (n, vocabulary)
+nll = -logs.gather(1, ids[0, 1:, None]).squeeze(1)  # (n,)
+by_hand = nll.mean().exp()
+print(tuple(logits.shape), tuple(nll.shape))
+
+# %% tags=["nbval-ignore-output"]
+for token, x in list(zip(tokenizer.convert_ids_to_tokens(tokens), nll.tolist(), strict=True))[:8]:
+    print(f"{token:12s} probability {exp(-x):.3f}   loss {x:5.2f}")
+print(f"perplexity of the line: {by_hand:.1f}")
+glue("ch08-line", float(by_hand), display=False)
+
+# %% [markdown]
+# The same number, {glue:text}`ch08-line:.1f`, must come out of PyTorch's cross-entropy, of the loss
+# that a `transformers` model computes when it is given labels, and of the companion's `perplexity`.
+
+# %%
+with torch.no_grad():
+    theirs = {"cross_entropy": F.cross_entropy(logits[0, :-1], ids[0, 1:]).exp(),
+              "transformers": model(input_ids=ids, labels=ids).loss.exp()}  # fmt: skip
+ours = perplexity(model, DataLoader(windows([tokens], start, size=256)))
+for name, value in (theirs | {"companion": torch.tensor(ours.value)}).items():
+    print(f"{name}:", torch.allclose(value.float(), by_hand, rtol=1e-4))
+
+# %% [markdown]
+# ## Every token one turn
+#
+# The model looks at 256 tokens at most, and documents are longer. Cut anywhere, the first token of
+# each piece would be predicted by nobody. `windows` therefore begins each piece with the last token
+# of the one before, as context that is not scored (label -100). A document of seven tokens, windows
+# of four:
+
+# %%
+rows = windows([[11, 12, 13, 14, 15, 16, 17]], start=0, size=4)
+for row in rows:
+    print(row["input_ids"].tolist(), "->", row["labels"].tolist())
+
+# %% [markdown]
+# And on the real test split:
+
+# %%
+task = load_task("language-reference")
+scored = torch.cat([batch["labels"][batch["labels"] != -100] for batch in task.test])
+written = [token for document in encode(reference.test, tokenizer) for token in document]
+print("each token once, in order:", scored.tolist() == written, f"({len(written):,} tokens)")
+
+# %% [markdown]
+# Early tokens of a window have little context, so the perplexity is a little higher than a window
+# that slides token by token would give. That is a convention: state it, and use the same one for
+# every model that you compare.
+#
+# ## Is it any good?
+#
+# A loss means nothing without another to hold it against. The classic one is a trigram: the
+# probability of a token given the two before it, from counts, smoothed by the method of
+# {cite:t}`kneser1995` in its interpolated form {cite}`chen1999`. Ours read the same training tokens
+# as the model, and both were measured on the same held-out docstrings. The interval comes from a
+# {term}`bootstrap` over documents, not tokens, because the tokens of a document go together.
+
+# %%
+held_out = {"trigram": Estimate(**report["trigram_perplexity"]),
+            "docs-lm": Estimate(**report["test_perplexity"])}  # fmt: skip
+for name, e in held_out.items():
+    print(f"{name}: {e.value:.2f} [{e.low:.2f}, {e.high:.2f}], n = {e.n:,} documents")
+print("intervals apart:", held_out["docs-lm"].high < held_out["trigram"].low)
+glue("ch08-held-out", float(held_out["docs-lm"].value), display=False)
+glue("ch08-trigram", float(held_out["trigram"].value), display=False)
+
+# %% mystnb={"image": {"alt": "Held-out perplexity with 95 percent intervals, two rows: the trigram lies far to the right of docs-lm, and the intervals do not touch."}}
+estimates(held_out, xlabel="perplexity on held-out docstrings")
+
+# %% [markdown]
+# The model hesitates between {glue:text}`ch08-held-out:.1f` tokens where counting hesitates between
+# {glue:text}`ch08-trigram:.1f`. These numbers come with the weights, from the run that made them;
+# `python -m companion pretrain` repeats it, and `--help` lists its options. Its curve:
+
+# %% mystnb={"image": {"alt": "Validation perplexity on a logarithmic axis against pre-training steps: a steep fall from several thousand in the first thousand steps, then a slow decline that has not quite ended."}}
+curve = {step: exp(loss) for step, loss in report["validation"] if step % 1000 == 0}
+curves(
+    {"docs-lm": curve}, xlabel="pre-training step", ylabel="validation perplexity", log_y=True
+)
+
+# %%
+losses = [loss for _, loss in report["validation"]]
+print("every thousand steps better than before:", list(curve.values()) == sorted(curve.values())[::-1])
+print("best at the end:", min(losses) == losses[-1])
+
+# %% [markdown]
+# ## A text it has never seen
+#
+# Now the language reference. It is English about Python too, but other English: a grammar and its
+# explanation instead of lists of parameters. The trigram may read the training split of it; the
+# model gets nothing yet. Both are asked about the test split, token by token the same.
+
+# %%
+before = document_losses(model, task.test)
+trigram = Trigram.train(encode(reference.train, tokenizer), vocabulary=len(tokenizer))
+counted = DocumentLosses(trigram.losses(encode(reference.test, tokenizer)), before.tokens)
+print("documents:", len(before.tokens), "  tokens:", f"{before.tokens.sum():,}")
+
+# %% tags=["nbval-ignore-output"]
+print("trigram, trained on the reference:", as_perplexity(counted))
+print("docs-lm, as it comes:             ", as_perplexity(before))
+ahead = loss_difference(counted, before)
+print("trigram minus docs-lm, in nats:   ", ahead)
+glue("ch08-before", as_perplexity(before).value, display=False)
+glue("ch08-counted", as_perplexity(counted).value, display=False)
+
+# %%
+print("docs-lm ahead of the trigram on every resample that counts:", ahead.low > 0)
+
+# %% [markdown]
+# Away from home its perplexity is {glue:text}`ch08-before:.0f` instead of
+# {glue:text}`ch08-held-out:.1f`.
+#
+# ## Fine-tuning on little
+#
+# {term}`Fine-tuning` goes on with the same loss on the new text. Documents are joined behind start
+# tokens and cut into blocks of 256 tokens, eight blocks to a batch:
+
+# %%
+batch = next(iter(task.train))
+print(tuple(batch["input_ids"].shape), "  batches in the training split:", len(task.train))
+steps = 60
+print(f"{steps} steps read it {steps / len(task.train):.1f} times")
+
+# %% [markdown]
+# A text this small can be learned by heart, and the training loss would only praise that. So we keep
+# an eye on the validation split: `fit` measures it every few steps and, at the end, gives back the
+# weights that did best on it. It also chooses the learning rate. We try two, which is fewer than one
+# would at leisure, and look at the test split only with the one that won.
+
+# %%
+runs_of, tuned = {}, {}
+for lr in (5e-4, 5e-3):
+    tuned[lr] = copy.deepcopy(model)
+    runs_of[lr] = fit(
+        tuned[lr], task.train, steps=steps, lr=lr, validate_every=10,
+        validate=lambda m: document_losses(m, task.validation).mean,
+    )  # fmt: skip
+best = {lr: min(loss for _, loss in run.validation) for lr, run in runs_of.items()}
+chosen = min(best, key=best.get)
