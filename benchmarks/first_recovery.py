@@ -26,9 +26,9 @@ from companion.language import document_losses
 from companion.train import History
 
 SCHEMES = {"W4": W4, "W3": W3, "W2": W2}
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 TUNING_SEED = 100
-BATCH, EVERY = 8, 25
+BATCH, EVERY = 8, 40
 
 
 def train(
@@ -120,8 +120,8 @@ def measure(names: list[str], seeds: int, steps: int, tuning_steps: int, log: Lo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--tuning-steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tuning-steps", type=int, default=60)
     parser.add_argument("--schemes", nargs="+", default=["W4", "W3", "W2"], choices=SCHEMES)
     args = parser.parse_args()
     log = Log(RESULTS / "first_recovery.unfinished.json")

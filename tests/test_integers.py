@@ -40,7 +40,9 @@ def test_per_channel_equals_torch_forward_and_gradient(seed, bits, signed, symme
     y.backward(upstream)
     z.backward(upstream)
     assert torch.equal(ours.grad, theirs.grad)
-    assert 0 < (ours.grad != 0).sum() < ours.numel()  # the draw clips some values, not all
+    assert (ours.grad != 0).any()
+    # the draw clips some values, unless they are so small that the smallest scale covers them
+    assert (ours.grad == 0).any() or size == 1e-6
 
 
 @settings(max_examples=40, deadline=None)
@@ -186,7 +188,7 @@ def test_packed_bytes_are_one_string_of_bits(case):
         (4, [1, 2, -1, -8, 7, 0, 0, 3], [0x21, 0x8F, 0x07, 0x30]),  # low nibble first
         (4, [5], [0x05, 0, 0, 0]),
         (2, [1, -2, -1, 0, 0, 0, 0, -2], [0b00111001, 0b10000000]),
-        (3, [1, 2, 3, -4, -3, -2, -1, 0], [0b11010001, 0b11011000, 0b00011111]),
+        (3, [1, 2, 3, -4, -3, -2, -1, 0], [0b11010001, 0b01011000, 0b00011111]),
         (8, [-1, 0, 1, 127, -128, 2, 3, 4], [255, 0, 1, 127, 128, 2, 3, 4]),
     ],
 )

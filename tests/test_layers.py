@@ -48,9 +48,16 @@ def test_conv1d_computes_like_the_linear_layer_it_becomes(rows, scheme, dtype):
     torch.manual_seed(0)
     prepared = prepare_qat(nn.Sequential(Conv1D(6, 64)).to(dtype), scheme)
     assert prepared[0].matrix.shape == (6, 64)
-    assert "Conv1D" in repr(prepared)
     x = inputs(rows).to(dtype)
     assert torch.equal(convert(prepared)(x), prepared(x))
+
+
+def test_layers_show_themselves():
+    prepared = prepare_qat(nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 32), Conv1D(6, 32)), W4,
+                           embeddings=True)  # fmt: skip
+    for name in ("FakeQuantEmbedding(", "FakeQuantLinear(", "FakeQuantConv1D(", "4 bits"):
+        assert name in repr(prepared)
+    assert "(2): QuantizedLinear(6, 32, 4 bits)" in repr(convert(prepared))
 
 
 def test_change_of_type_keeps_what_is_stored():

@@ -18,6 +18,7 @@ from companion import (
     Activations,
     QuantScheme,
     convert,
+    load_pretrained,
     load_quantized,
     prepare_qat,
     save_quantized,
@@ -101,6 +102,20 @@ def test_the_file_is_as_small_as_its_integers(tmp_path, scheme, most):
     size = (tmp_path / WEIGHTS).stat().st_size
     assert size < most * 512 * 512 * 4
     assert size < 512 * 512 * scheme.bits_per_weight(512) / 8 + 512  # and a short header
+
+
+@pytest.mark.parametrize(("scheme", "most"), [(W4, 0.15), (W3, 0.12), (W2, 0.09)])
+def test_share_of_the_bytes_of_linear_layers(scheme, most, tmp_path):
+    model = load_pretrained("docs-lm")
+    converted = convert(prepare_qat(model, scheme, embeddings=True))
+    save_quantized(converted, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for name in {n.rpartition(".")[0] for n in tensors if n.endswith(".integers")}:
+        layer = converted.get_submodule(name)
+        stored = tensors[f"{name}.integers"].nbytes + tensors[f"{name}.scale"].nbytes
+        assert stored <= most * 4 * layer.rows * layer.columns
+    # the whole file too: next to nothing of this model stays in floating point
+    assert (tmp_path / WEIGHTS).stat().st_size <= most * 4 * model.num_parameters()
 
 
 def test_only_a_converted_model_can_be_saved(tmp_path):

@@ -58,6 +58,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
+def short(scheme: QuantScheme) -> str:
+    return f"W{scheme.weight_bits}{'A8' if scheme.activations else ''}-{scheme.group_size}"
+
+
 def tiny(name: str, dtype: torch.dtype = torch.float32, **config) -> hf.PreTrainedModel:
     """Draw a small model whose biases and norms are not the zeros and ones they start from."""
     kind, configuration, options = TINY[name]
@@ -93,7 +97,7 @@ def check_trained_equals_converted_equals_reloaded(model, scheme, folder, **opti
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=short)
 @pytest.mark.parametrize("name", DENSE)
 def test_tiny_models(name, scheme, dtype, tmp_path):
     prepared, *_ = check_trained_equals_converted_equals_reloaded(
@@ -104,7 +108,7 @@ def test_tiny_models(name, scheme, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "scheme", [*SCHEMES[:5], QuantScheme(4, 128), QuantScheme(2, None)], ids=str
+    "scheme", [*SCHEMES[:5], QuantScheme(4, 128), QuantScheme(2, None)], ids=short
 )
 @pytest.mark.parametrize("name", ["docs-lm", "sentence-transformers/all-MiniLM-L6-v2"])
 def test_real_weights(name, scheme, dtype, tmp_path):
@@ -238,23 +242,6 @@ def test_mixture_of_experts_is_refused_unless_its_experts_are_skipped(tmp_path):
     assert len(attention) == 8
 
 
-@pytest.mark.parametrize(("scheme", "most"), [(W4, 0.15), (W3, 0.12), (W2, 0.09)])
-def test_share_of_the_bytes_of_linear_layers(scheme, most, tmp_path):
-    model = pretrained("docs-lm")
-    converted = convert(prepare_qat(model, scheme, embeddings=True))
-    save_quantized(converted, tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    stored = sum(t.nbytes for n, t in tensors.items() if n.endswith(("integers", "scale")))
-    layers = [
-        converted.get_submodule(n.removesuffix(".integers"))
-        for n in tensors
-        if n.endswith("integers")
-    ]
-    assert stored <= most * sum(4 * layer.rows * layer.columns for layer in layers)
-    # the whole file too: next to nothing of this model stays in floating point
-    assert (tmp_path / WEIGHTS).stat().st_size <= most * 4 * model.num_parameters()
-
-
 ROWS = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -297,7 +284,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("scheme", [W4, W2, W4A8], ids=str)
+@pytest.mark.parametrize("scheme", [W4, W2, W4A8], ids=short)
 def test_autocast_sees_the_same_before_and_after_conversion(scheme):
     prepared = prepare_qat(tiny("qwen3"), scheme).eval()
     plain = outputs(prepared)
