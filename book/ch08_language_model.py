@@ -12,7 +12,7 @@
 #
 # Here the second part begins: language models, whose weights sit almost all in `Linear` layers. To
 # see what few bits do to one, we need one that was trained in earnest, that runs on a laptop, and
-# whose every training text we know. This chapter gets to know it while it is still in floating point.
+# whose every training text we know. This chapter meets it while it is still in floating point.
 #
 # **What you will learn**
 #
@@ -172,7 +172,7 @@ for part, other in (("train", "validation"), ("train", "test"), ("validation", "
     print(f"13 words in both {part} and {other}:", len(by_hand[part] & by_hand[other]))
 
 # %% [markdown]
-# The companion's `ngrams` hashes the runs, which is what makes ten million words feasible. It must
+# The companion's `ngrams` hashes the runs, which is what makes millions of words feasible. It must
 # find as many.
 
 # %%
@@ -494,11 +494,11 @@ theirs = [token for token in theirs[0, 1:].tolist() if token != start]
 print("generate writes the same:", theirs == written["before"][0, 1:].tolist())
 
 # %% [markdown]
-# That is how far 3.4 million parameters get. The grammar holds for a few words, the content for none:
-# it has the sound of documentation and knows nothing. Do not ask it anything. It will serve us as a
-# measuring device, because its perplexity reacts to every damage, and because a run takes a minute.
-# What we find on it need not hold for models a thousand times larger; where the literature says
-# otherwise, the next chapters say so.
+# That is how far 3.4 million parameters get. The grammar holds for a few words, the content for
+# none: it has the sound of documentation and knows nothing. Do not ask it anything. It will serve us
+# as a measuring device, because its perplexity shows small damages, and because a run takes a
+# minute. What we find on it need not hold for models a thousand times larger; where the literature
+# says otherwise, the next chapters say so.
 #
 # ## Your model, your text
 #

@@ -85,7 +85,7 @@ print(tuple(weight.shape), "->", tuple(groups.shape))
 # The grid of four bits has sixteen points, from $q_{\min} = -8$ to $q_{\max} = 7$. With the group's
 # largest magnitude at its end,
 #
-# $$ s = \frac{\max |w|}{(q_{\max} - q_{\min}) / 2}, \qquad q = \operatorname{clip}\!\big(\operatorname{round}(w / s), q_{\min}, q_{\max}\big), \qquad \hat w = s\, q . $$
+# $$ s_g = \frac{\max_{i \in g} |w_i|}{(q_{\max} - q_{\min}) / 2}, \qquad q_i = \operatorname{clip}\!\big(\operatorname{round}(w_i / s_g), -8, 7\big), \qquad \hat w_i = s_g\, q_i . $$
 
 # %%
 s = groups.abs().amax(-1, keepdim=True) / ((7 - -8) / 2)  # (256, 16, 1)
@@ -199,6 +199,13 @@ def rounded(scheme, **options):
 losses = {(b, g): rounded(QuantScheme(b, g)) for b in WIDTHS for g in SIZES}
 ppl = {key: as_perplexity(value) for key, value in losses.items()}
 
+# %% mystnb={"image": {"alt": "Perplexity against the bits of a weight, one line for each group size and a flat line for the float model. At 8 and 4 bits all lines lie on the float line, at 3 bits slightly above; at 2 bits they fan out, groups of 32 lowest and one scale per row highest."}}
+lines = {"float": dict.fromkeys(WIDTHS, float_ppl.value)}
+for size in SIZES:
+    label = f"groups of {size}" if size else "one scale per row"
+    lines[label] = {bits: ppl[bits, size].value for bits in WIDTHS}
+curves(lines, xlabel="bits per weight, without its scale", ylabel="perplexity")
+
 # %% tags=["nbval-ignore-output"]
 print("width  group  bits/weight  perplexity")
 print(
@@ -211,13 +218,6 @@ for (bits, size), e in ppl.items():
 for bits in (4, 2):
     glue(f"ch09-w{bits}-32", float(ppl[bits, 32].value), display=False)
     glue(f"ch09-w{bits}-row", float(ppl[bits, None].value), display=False)
-
-# %% mystnb={"image": {"alt": "Perplexity against the bits of a weight, one line for each group size and a flat line for the float model. At 8 and 4 bits all lines lie on the float line, at 3 bits slightly above; at 2 bits they fan out, groups of 32 lowest and one scale per row highest."}}
-lines = {"float": dict.fromkeys(WIDTHS, float_ppl.value)}
-for size in SIZES:
-    label = f"groups of {size}" if size else "one scale per row"
-    lines[label] = {bits: ppl[bits, size].value for bits in WIDTHS}
-curves(lines, xlabel="bits per weight, without its scale", ylabel="perplexity")
 
 # %% [markdown]
 # From {glue:text}`ch09-float:.1f` to {glue:text}`ch09-w4-32:.1f` at 4 bits in groups of 32, and to

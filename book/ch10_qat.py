@@ -3,19 +3,22 @@
 # # Quantization-aware fine-tuning
 #
 # :::{epigraph}
-# The tinsmiths could hammer the Woodman straight again, but not make his joints as fine as they had
-# been. "Then let me practise with the joints I shall have," he said, and walked up and down the yard
-# until he had the way of it. The Scarecrow, whose legs were as ever, walked beside him, step for
-# step, so that in the end one could tell what was owed to the joints and what to the walking.
+# The tinsmiths could hammer the Woodman straight again, but not make his joints as fine as they
+# had been. "Then let me practise with the joints I shall have," he said, and walked up and down
+# the yard until he had the way of it. The Scarecrow, whose legs were as ever, walked beside him,
+# step for step, so that in the end one could tell what was owed to the joints and what to the
+# walking.
 # :::
 #
-# [](ch09) rounded a finished model and counted the damage. Now the model practises with the rounded
-# weights while it is fine-tuned: {term}`quantization-aware training`, on the road that language
-# models take. And because fine-tuning alone helps too, a float model walks beside it, step for step.
+# [](ch09) rounded a finished model and counted the damage. Now the model practises with the
+# rounded weights while it is fine-tuned: {term}`quantization-aware training`, on the road that
+# language models take. And because fine-tuning alone helps too, a float model walks beside it,
+# step for step.
 #
 # **What you will learn**
 #
-# - fake quantization of one layer by hand, and that `prepare_qat` computes the same, gradients included;
+# - fake quantization of one layer by hand, and that `prepare_qat` computes the same, gradients
+#   included;
 # - what `prepare_qat` swaps, what it skips, and what it refuses;
 # - how to compare fairly: a {term}`matched control`, paired differences, and the share recovered;
 # - how to convert, save and load, and why the result is smaller but not faster;
@@ -65,14 +68,14 @@ print(f"{start.num_parameters():,} parameters")
 # %% [markdown]
 # ## One layer, by hand
 #
-# One `Linear` layer of docs-lm, at two bits: the {term}`grid` has four points, -2, -1, 0 and 1 times
-# a {term}`scale`, and each group of 32 neighbours has a scale of its own, kept in float16,
+# One `Linear` layer of docs-lm, at two bits: the {term}`grid` has four points, -2, -1, 0 and 1
+# times a {term}`scale`, and each group of 32 neighbours has a scale of its own, kept in float16,
 #
 # $$ s = \operatorname{float16}\!\left(\frac{\max |w|}{3/2}\right), \qquad
 # \hat w = s \cdot \operatorname{clip}\big(\operatorname{round}(w / s),\, -2,\, 1\big) . $$
 #
-# There is no {term}`observer` and nothing to calibrate. The weights are at hand, so their scale can be
-# computed anew in every forward pass, and the grid follows the weights as they train.
+# There is no {term}`observer` and nothing to calibrate. The weights are at hand, so their scale
+# can be computed anew in every forward pass, and the grid follows the weights as they train.
 
 # %%
 layer = start.model.layers[0].mlp.down_proj
@@ -100,9 +103,9 @@ for level in range(qmin, qmax + 1):
 # %% [markdown]
 # ### A gradient for the staircase
 #
-# The gradient of rounding is zero ([](ch06)), so the {term}`straight-through estimator` puts a one in
-# its place. There is a well-known line that does it without a class of its own: add the difference to
-# the rounded value, and hide that difference from autograd.
+# The gradient of rounding is zero ([](ch06)), so the {term}`straight-through estimator` puts a
+# one in its place. There is a well-known line that does it without a class of its own: add the
+# difference to the rounded value, and hide that difference from autograd.
 
 # %%
 w = weight.clone().requires_grad_()
@@ -112,11 +115,11 @@ print("the grid point, bit for bit:", torch.equal(through, rounded(w)))
 print("every gradient is one:      ", (w.grad == 1).all().item())
 
 # %% [markdown]
-# The value is right to the last bit: a weight and its grid point are either no more than a factor of
-# two apart, and then floats subtract without error, or the grid point is zero. The gradient is not
-# quite right. A weight that was clipped gets a one as well, although moving it a little changes
-# nothing. An `autograd.Function` can say so: forward returns the grid point, backward passes on what
-# lay inside the grid, its ends included.
+# The value is right to the last bit: a weight and its grid point are either no more than a factor
+# of two apart, and then floats subtract without error, or the grid point is zero. The gradient is
+# not quite right. A weight that was clipped gets a one as well, although moving it a little
+# changes nothing. An `autograd.Function` can say so: forward returns the grid point, backward
+# passes on what lay inside the grid, its ends included.
 
 
 # %%
@@ -137,9 +140,9 @@ class StraightThrough(torch.autograd.Function):
 
 
 # %% [markdown]
-# Who is clipped, when the scale follows the largest weight of its group? Only that weight itself can
-# be. It sits at one and a half steps, half-way between an end of the grid and a point that does not
-# exist, and the last bits of a float16 scale decide.
+# Who is clipped, when the scale follows the largest weight of its group? Only that weight itself
+# can be. It sits at one and a half steps, half-way between an end of the grid and a point that
+# does not exist, and the last bits of a float16 scale decide.
 
 # %%
 clipped = ~inside(weight)
@@ -149,8 +152,9 @@ print(f"clipped: {clipped.sum().item():,} of {clipped.numel():,} weights")
 print("all of them the largest of their group:", largest[clipped].all().item())
 
 # %% [markdown]
-# Now the same layer from the companion. `prepare_qat` returns a copy of the model in which `Linear`
-# layers have become `FakeQuantLinear`. The same input and the same upstream gradient for both:
+# Now the same layer from the companion. `prepare_qat` returns a copy of the model in which
+# `Linear` layers have become `FakeQuantLinear`. The same input and the same upstream gradient for
+# both:
 
 # %%
 qat = prepare_qat(start, W2)
@@ -175,10 +179,10 @@ print("same gradient:", torch.equal(gradient, by_hand))
 print(qat.quantization)
 
 # %% [markdown]
-# The output layer `lm_head` is a `Linear` layer too, but it shares its weight with the embedding, and
-# embeddings stay in floating point unless asked for (`embeddings=True`, which a later chapter uses).
-# Rounding one of the two and not the other would tear the pair apart, so both stay. That has a price:
-# only a part of the parameters is rounded.
+# The output layer `lm_head` is a `Linear` layer too, but it shares its weight with the embedding,
+# and embeddings stay in floating point unless asked for (`embeddings=True`). Rounding one of the
+# two and not the other would tear the pair apart, so both stay. That has a price: only a part of
+# the parameters is rounded.
 
 # %%
 small = sum(qat.get_submodule(name).weight.numel() for name in qat.quantization.layers)
@@ -191,9 +195,9 @@ print("the original is as it was:", type(layer) is nn.Linear)
 print("still tied:", qat.lm_head.weight is qat.model.embed_tokens.weight)
 
 # %% [markdown]
-# No parameter was added and none renamed: an optimizer, a checkpoint or a trainer sees the model it
-# knows. To keep more layers in floating point, name them in `skip`: by the end of their name, by a
-# block around them, or by a pattern.
+# No parameter was added and none renamed: an optimizer, a checkpoint or a trainer sees the model
+# it knows. To keep more layers in floating point, name them in `skip`: by the end of their name,
+# by a block around them, or by a pattern.
 
 # %%
 for skip in (["down_proj"], ["layers.0"], ["layers.0", "*.v_proj"]):
@@ -203,8 +207,8 @@ for skip in (["down_proj"], ["layers.0"], ["layers.0", "*.v_proj"]):
 # %% [markdown]
 # ### What it refuses
 #
-# Four calls that would do nothing, or something else than you think. Each is an error with a remedy;
-# here is the first part of each message.
+# Four calls that would do nothing, or something else than you think. Each is an error with a
+# remedy; here is the first part of each message.
 
 
 # %%
@@ -223,13 +227,13 @@ refusal(lambda: prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3)), W2))
 # %% [markdown]
 # ## Two arms, step for step
 #
-# The text to learn is the Python language reference, which docs-lm never read. Two models start from
-# the same weights and see the same batches in the same order, for as many steps: the float
+# The text to learn is the Python language reference, which docs-lm never read. Two models start
+# from the same weights and see the same batches in the same order, for as many steps: the float
 # {term}`matched control`, and the one that is rounded to two bits as it computes. Each keeps the
 # weights that did best on the validation documents.
 #
-# Learning rates were chosen beforehand, by the validation loss, with as many trials for either arm and
-# with a seed of their own. The search stands in a results file, to which we come back.
+# Learning rates were chosen beforehand, by the validation loss, with as many trials for either
+# arm and with a seed of their own. The search stands in a results file, to which we come back.
 
 # %%
 content = json.loads((Path("..") / "benchmarks" / "results" / "first_recovery.json").read_text())
@@ -264,15 +268,15 @@ control_history = fine_tune(control, rates["float"])
 qat = prepare_qat(start, W2)
 qat_history = fine_tune(qat, rates["W2"])
 
-# %% mystnb={"image": {"alt": "Training loss over sixty steps. The float model begins low and falls a little. The two-bit model begins far above it, drops steeply in the first twenty steps, and then follows the float curve at some distance."}}
+# %% mystnb={"image": {"alt": "Training loss over sixty steps. The two curves rise and fall together batch by batch while both go down; the two-bit model begins well above the float one and ends a little above it."}}
 curves(
     {"float": control_history.loss, "QAT, 2 bits": qat_history.loss},
     xlabel="step", ylabel="training loss (nats per token)",
 )  # fmt: skip
 
 # %% [markdown]
-# The third arm costs no training: the control, rounded to nearest. And two more for orientation, the
-# model as it came and that model rounded.
+# The third arm costs no training: the control, rounded to nearest. And two more for orientation,
+# the model as it came and that model rounded.
 
 
 # %%
@@ -289,18 +293,18 @@ arms = {
 }
 losses = {name: document_losses(model, task.test) for name, model in arms.items()}
 
-# %% mystnb={"image": {"alt": "Test perplexity of five models with intervals. The float control is lowest, the model as it came somewhat above it; both rounded models lie far to the right, and QAT lies much nearer to the control than to its rounded version."}} tags=["nbval-ignore-output"]
+# %% mystnb={"image": {"alt": "Test perplexity of five models with intervals. The float control is lowest and QAT lies close above it. The rounded control lies far to the right of both, about where the float model was before fine-tuning; that model rounded lies farthest."}} tags=["nbval-ignore-output"]
 estimates({name: as_perplexity(loss) for name, loss in losses.items()}, xlabel="test perplexity")
 
 # %% tags=["nbval-ignore-output"]
 for name, loss in losses.items():
     print(f"{name:22} {as_perplexity(loss)}")
-    glue(f"ch10-{name}", as_perplexity(loss).value, display=False)
 
 # %% [markdown]
-# The intervals of the models overlap, because some documents are harder than others for all of them.
-# Compared in pairs, document by document, that drops out ({term}`paired difference`, in nats per
-# token). The margin, fixed before: the interval of a difference must not touch zero.
+# Rounding the control throws away about as much as fine-tuning had gained. The intervals of
+# neighbours overlap, because some documents are harder than others for all models. Compared in
+# pairs, document by document, that drops out ({term}`paired difference`, in nats per token). The
+# margin, fixed before: the interval of a difference must not touch zero.
 
 # %% tags=["nbval-ignore-output"]
 c, ptq, q = losses["float control"], losses["PTQ: control, rounded"], losses["QAT"]
@@ -326,8 +330,8 @@ print("QAT still above the control: ", left_over.low > 0)
 # $$ \text{recovery} = \frac{L_{\text{PTQ}} - L_{\text{QAT}}}{L_{\text{PTQ}} - L_{\text{control}}} . $$
 #
 # It is 1 if training took all of the damage back and 0 if it did no better than rounding at the
-# end. It is taken in the loss, not in perplexity, and resampled over documents in pairs. Where the
-# damage is not clearly above zero there is nothing to share out, and `recovery` says so.
+# end. It is taken in the loss, not in perplexity, and resampled over documents in pairs. Where
+# the damage is not clearly above zero there is nothing to share out, and `recovery` says so.
 
 # %% tags=["nbval-ignore-output"]
 result = recovery(c, ptq, q)
@@ -344,7 +348,7 @@ print("at least half recovered:", result.share.low > 0.5)
 # %% [markdown]
 # In {glue:text}`ch10-steps` steps, {glue:text}`ch10-share:.0%` of the damage
 # ({glue:text}`ch10-low:.0%` to {glue:text}`ch10-high:.0%`) were taken back, with one seed and two
-# bits. The bar, at least half, was set after trial runs with other seeds.
+# bits. The bar, at least half, was set after a trial run with another seed.
 #
 # ### The mistake of the missing control
 #
@@ -354,18 +358,22 @@ print("at least half recovered:", result.share.low > 0.5)
 # %% tags=["nbval-ignore-output"]
 before = losses["as it came, rounded"]
 naive = loss_difference(before, q)
-print(f"QAT against what we had:       {naive}")
+print(f"QAT against what we had:         {naive}")
 print(f"QAT against the rounded control: {taken_back}")
 
 # %%
 print("without a control, QAT looks better than it is:", loss_difference(before, ptq).low > 0)
 
 # %% [markdown]
+# The first number holds a merit that is not quantization's: the float model learned the text as
+# well.
+#
 # ## Convert, save, load
 #
-# `convert` stores what the layers have been computing with all along: integers, packed without gaps,
-# and a float16 scale for each group. The converted model gives the very logits of the prepared one in
-# eval mode. Not nearly: bit for bit, because it is the same arithmetic on the same grid points.
+# `convert` stores what the layers have been computing with all along: integers, packed without
+# gaps, and a float16 scale for each group. The converted model gives the very logits of the
+# prepared one in eval mode. Not nearly: bit for bit, because it is the same arithmetic on the
+# same grid points.
 
 # %%
 served = convert(qat)
@@ -395,13 +403,14 @@ print(f"the layers that were rounded: {8 * stored / small:.2f} bits per weight")
 print(f"the whole file: {whole:.2f} of float32")
 
 # %% [markdown]
-# Two bits per weight and sixteen for each group of 32 make two and a half. The whole file shrinks far
-# less, because the embedding in it is still in floating point: on a small model a large share.
+# Two bits per weight and sixteen for each group of 32 make two and a half. The whole file shrinks
+# far less, because the embedding in it is still in floating point: on a small model a large
+# share.
 #
 # **Smaller, not faster.** To compute, a converted weight-only layer unpacks its integers and
-# multiplies in floating point, as PyTorch has no kernel for packed two-bit weights on a CPU. What you
-# gain is the size of the file and of the weights in memory. Speed is a matter of the runtime that
-# serves the model.
+# multiplies in floating point, as PyTorch has no kernel for packed two-bit weights on a CPU. What
+# you gain is the size of the file and of the weights in memory. Speed is a matter of the runtime
+# that serves the model.
 #
 # ### Two mistakes after the fact
 #
@@ -414,9 +423,9 @@ refusal(lambda: fit(served, task.train, steps=1))
 # %% [markdown]
 # ## torchao, and the one rule in which it differs
 #
-# In torchao the same is `quantize_` with a `QATConfig`, which changes the model that it is given. Its
-# filter takes every `Linear` layer, the tied output layer included, so we give it a filter; and it
-# keeps scales in the type of the weight, so we ask for float32 on our side.
+# In torchao the same is `quantize_` with a `QATConfig`, which changes the model that it is given.
+# Its filter takes every `Linear` layer, the tied output layer included, so we give it a filter;
+# and it keeps scales in the type of the weight, so we ask for float32 on our side.
 
 # %%
 from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
@@ -436,11 +445,11 @@ with torch.no_grad():
     print("same logits:", torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits))
 
 # %% [markdown]
-# Forward, the two are equal bit for bit. Backward they are not. torchao rounds and then clamps, and
-# takes the gradient of that clamp, which is zero wherever the rounded weight sits *at* an end of the
-# grid. Ours, like PyTorch's own operators, is zero only *beyond* the ends. With 255 steps nobody would
-# notice. With three, the ends are half of the grid. We send a gradient of one to every weight and
-# count where none arrives:
+# Forward, the two are equal bit for bit. Backward they are not. torchao rounds and then clamps,
+# and takes the gradient of that clamp, which is zero wherever the rounded weight sits *at* an end
+# of the grid. Ours, like PyTorch's own operators, is zero only *beyond* the ends. With 255 steps
+# nobody would notice. With three, the ends are half of the grid. We send a gradient of one to
+# every weight and count where none arrives:
 
 
 # %%
@@ -460,9 +469,10 @@ for name, model in {"ours": ours, "torchao": theirs, "ours, torchao's rule": arm
     print(f"{name:20} {silent(model) / small:.1%} of the weights without a gradient")
 
 # %% [markdown]
-# The third line is a method of the companion that follows torchao's rule, for comparison. With it, the
-# gradients of the whole model's loss agree too. Not to the last bit, because torchao takes them on the
-# way of the values, through a product with the scale and one with its reciprocal; to a millionth.
+# The third line is a method of the companion that follows torchao's rule, for comparison. With
+# it, the gradients of the whole model's loss agree too. Not to the last bit, because torchao
+# takes them on the way of the values, through a product with the scale and one with its
+# reciprocal; to a millionth.
 
 
 # %%
@@ -485,15 +495,15 @@ for name, model in {"absmax": ours, "absmax-torchao-gradient": arm}.items():
 #
 # ## More seeds, more widths
 #
-# One seed and one width are an example. The results file holds several seeds, three widths and longer
-# training, made with the same functions by
+# One seed and one width are an example. The results file holds several seeds, three widths and
+# longer training, made with the same functions by
 #
 # ```
 # python -m benchmarks.first_recovery
 # ```
 #
-# It keeps the loss of every arm on every test document, so that all numbers below are computed here,
-# in the way of the last section.
+# It keeps the loss of every arm on every test document, so that all numbers below are computed
+# here, in the way of the last section.
 
 # %%
 settings = content["provenance"]["settings"]
@@ -535,10 +545,10 @@ estimates(
 )
 
 # %% [markdown]
-# The fewer the bits, the larger the damage. Where it is small, the share divides one small difference
-# by another and says little; the damage printed beside it says what was at stake. The intervals are
-# over documents; the values by seed show what the seed adds. And all of it is one small model on one
-# text.
+# The fewer the bits, the larger the damage. Where it is small, the share divides one small
+# difference by another and says little; the damage printed beside it says what was at stake. The
+# intervals are over documents; the values by seed show what the seed adds. And all of it is one
+# small model on one text.
 
 # %%
 damages = [result.damage.value for result in found.values()]
@@ -548,10 +558,10 @@ print("two bits, half or more recovered:", found["W2"].share.low > 0.5)
 # %% [markdown]
 # ## An encoder, in a loop of your own
 #
-# Last, a model that we did not train: MiniLM {cite}`wang2020`, which turns a sentence into a vector
-# of 384 numbers {cite}`reimers2019`. Its recipe is the same three calls, `prepare_qat`, training,
-# `convert`. We take the sentences of the language reference, and ask that the vectors stay where the
-# float model puts them.
+# Last, a model that we did not train: MiniLM {cite}`wang2020`, which turns a sentence into a
+# vector of 384 numbers {cite}`reimers2019`. Its recipe is the same three calls, `prepare_qat`,
+# training, `convert`. We take the sentences of the language reference, and ask that the vectors
+# stay where the float model puts them.
 
 # %%
 name = "sentence-transformers/all-MiniLM-L6-v2"
@@ -592,9 +602,10 @@ rounded_only = {bits: agreement(prepare_qat(minilm, scheme, skip=skip))
 
 # %% [markdown]
 # At four bits the vectors turn a little; at two they turn away, and there training is worth its
-# while. The loop is written out, to show that nothing in it knows about quantization. Note that the
-# model stays in eval mode: fake quantization rounds in either mode, and dropout would blur a target
-# that is exact.
+# while. The loop is written out, to show that nothing in it knows about quantization. Note that
+# the model stays in eval mode: fake quantization rounds in either mode, and dropout would blur a
+# target that is exact. The learning rate was chosen among four on sentences of the validation
+# documents.
 
 # %%
 tiny = prepare_qat(minilm, W2, skip=skip).eval()
@@ -618,8 +629,8 @@ cosines = {
 estimates(cosines, xlabel="cosine similarity with the float model")
 
 # %% [markdown]
-# The margin, fixed before: trained must exceed rounded by 0.1 on average, with the whole interval
-# of the paired difference.
+# The margin, fixed when the learning rate was: trained must exceed rounded by 0.1, with the whole
+# interval of the {term}`paired difference`.
 
 # %%
 gain = bootstrap(trained - rounded_only[2])
@@ -680,8 +691,8 @@ check("ch10-recovery", share)
 # :label: ch10-ste
 # `rounded` holds weights in steps of the grid, rounded but not yet clipped. Write
 # `gradient(rounded, bits, ends)`: a float tensor of ones and zeros, the gradient that each weight
-# gets. With `ends=True` the ends of the grid are inside (our rule), with `ends=False` they are not
-# (torchao's). Replace the `...` and run the cell.
+# gets. With `ends=True` the ends of the grid are inside (our rule), with `ends=False` they are
+# not (torchao's). Replace the `...` and run the cell.
 # ```
 
 
@@ -711,18 +722,19 @@ check("ch10-ste", gradient)
 # %% [markdown]
 # ## What we saw
 #
-# - Fake quantization of a layer is a few lines: a scale from the weights, a rounding, and a gradient
-#   that passes inside the grid. `prepare_qat` computes the same, bit for bit.
-# - It swaps `Linear` layers and leaves what is tied to an embedding; it says which, and it refuses a
-#   group size that does not divide, a second preparation, and a pattern that matches nothing.
-# - Against a matched control, QAT at two bits took back a large part of the damage of rounding, and not
-#   all of it. Without the control, fine-tuning itself would have been counted in.
-# - `convert` keeps the output bit for bit; saved and loaded it is the same model. It is smaller, not
-#   faster.
-# - torchao's forward is equal to ours; its gradient leaves out the weights at the ends of the grid,
-#   which at two bits are many.
-# - On MiniLM, in an ordinary loop, a few steps turned two-bit sentence vectors back towards the float
-#   ones.
+# - Fake quantization of a layer is a few lines: a scale from the weights, a rounding, and a
+#   gradient that passes inside the grid. `prepare_qat` computes the same, bit for bit.
+# - It swaps `Linear` layers and leaves what is tied to an embedding; it says which, and it
+#   refuses a group size that does not divide, a second preparation, and a pattern that matches
+#   nothing.
+# - Against a matched control, QAT at two bits took back a large part of the damage of rounding,
+#   and not all of it. Without the control, fine-tuning itself would have been counted in.
+# - `convert` keeps the output bit for bit; saved and loaded it is the same model. It is smaller,
+#   not faster.
+# - torchao's forward is equal to ours; its gradient leaves out the weights at the ends of the
+#   grid, which at two bits are many.
+# - On MiniLM, in an ordinary loop, a few steps turned two-bit sentence vectors back towards the
+#   float ones.
 #
 # ## References
 #

@@ -45,7 +45,11 @@ class FakeQuantConv1D(FakeQuantLinear):
     @property
     def matrix(self) -> Tensor:
         """The float weight, shape (out_features, in_features)."""
-        return self.weight.t()
+        return self.weight.t().contiguous()  # the layout that a converted layer multiplies
+
+    def extra_repr(self) -> str:
+        columns, rows = self.weight.shape
+        return f"{columns}, {rows}"
 
 
 class FakeQuantEmbedding(nn.Embedding):

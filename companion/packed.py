@@ -62,7 +62,8 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     if record is None or not any(isinstance(m, Packed) for m in model.modules()):
         raise WrongStage("save_quantized() needs a model from convert(): convert it first")
     folder = Path(folder)
-    tensors, aliases = _distinct(model.state_dict())
+    state = model.state_dict()
+    tensors, aliases = _distinct(state)
     write_atomically(folder / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
     config = model.config.to_dict() if hasattr(model, "config") else {}
     description = {
@@ -73,7 +74,10 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
         "layers": record.layers,
         "skipped": record.skipped,
         "aliases": aliases,
-        "dtype": str(_dtype(model)).removeprefix("torch."),
+        # what state_dict() does not say: the types it computes in, and its attention kernel
+        "computes": {n: _name(m.dtype) for n, m in model.named_modules() if isinstance(m, Packed)},
+        "buffers": {n: _name(b.dtype) for n, b in model.named_buffers() if n not in state},
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         "sha256": sha256(folder / WEIGHTS),
     }
     config = json.loads(json.dumps({**config, KEY: description}, default=str))
@@ -121,16 +125,20 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
     except Exception as error:
         raise DamagedFile(f"{folder / WEIGHTS} cannot be read ({error}): copy it again") from None
     model = _rebuild(config, description) if model is None else copy.deepcopy(model)
-    model = model.to(getattr(torch, description["dtype"]))
     try:
-        new = {
-            (layer := model.get_submodule(name)): empty_packed(layer, scheme)
-            for name in description["layers"]
-        }
-        replace_modules(model, new)
-        aliases = description["aliases"]
-        model.load_state_dict(tensors | {new: tensors[old] for new, old in aliases.items()})
-    except (AttributeError, RuntimeError) as error:
+        new = {}
+        for name in description["layers"]:
+            layer = model.get_submodule(name)
+            new[layer] = packed = empty_packed(layer, scheme)
+            packed.dtype = getattr(torch, description["computes"][name])
+        model = replace_modules(model, new)
+        aliases = {name: tensors[first] for name, first in description["aliases"].items()}
+        model.load_state_dict(tensors | aliases, assign=True)  # keeps types and sharing
+        for name, dtype in description["buffers"].items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, key, getattr(module, key).to(getattr(torch, dtype)))
+    except (AttributeError, RuntimeError, ValueError) as error:
         raise UnsupportedModel(
             f"the model given does not fit the file, which holds a {description['class']}: {error}"
         ) from None
@@ -154,8 +162,8 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, aliases
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(m.dtype for m in model.modules() if isinstance(m, Packed))
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _read_config(folder: Path) -> tuple[dict, dict]:
@@ -191,9 +199,13 @@ def _rebuild(config: dict, description: dict) -> nn.Module:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise UnsupportedModel(
             f"{name} is no model class of transformers, so it cannot be rebuilt from config.json: "
-            f"pass a float model of this class, load_quantized({'...'!s}, model=...)"
+            f"pass a float model of this class, load_quantized(folder, model=...)"
         )
-    return kind(kind.config_class.from_dict(config))
+    return kind._from_config(
+        kind.config_class.from_dict(config),
+        attn_implementation=description["attention"],
+        dtype=torch.float32,
+    )
 
 
 def _hash(config: dict) -> str:
@@ -201,7 +213,7 @@ def _hash(config: dict) -> str:
 
 
 def _scheme_to_json(scheme: QuantScheme) -> dict:
-    return {**asdict(scheme), "scale_dtype": str(scheme.scale_dtype).removeprefix("torch.")}
+    return {**asdict(scheme), "scale_dtype": _name(scheme.scale_dtype)}
 
 
 def _scheme_from_json(saved: dict) -> QuantScheme:

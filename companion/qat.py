@@ -124,6 +124,7 @@ def prepare_qat(
         module = prepared.get_submodule(name)
         module.__class__ = _FAKE[kind_of(module)]
         module.quantizer = make_quantizer(scheme, method).to(module.weight.device)
+        _check_finite(name, module)
         record.layers.append(name)
     prepared.quantization = record
     logger.info("%s", record)
@@ -180,7 +181,8 @@ def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
         new[layer] = packed = empty_packed(layer, record.scheme).store(layer)
         tied = done.setdefault(id(layer.weight), packed)  # one copy for layers that share one
         packed.integers, packed.scale = tied.integers, tied.scale
-    replace_modules(converted, new)
+    converted = replace_modules(converted, new)
+    converted.quantization = record
     return converted.eval().requires_grad_(False)
 
 
@@ -203,12 +205,22 @@ def empty_packed(layer: nn.Module, scheme: QuantScheme) -> Packed:
     return kind(rows, columns, bias=layer.bias, **shape).to(layer.weight.device)
 
 
-def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Put new modules in the place of old ones, under every name that an old one has."""
+def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put new modules in the place of old ones, under every name; return the model or its new self."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() drops repeats
             if child in new:
                 setattr(parent, name, new[child])
+    return new.get(model, model)
+
+
+def _check_finite(name: str, layer: nn.Module) -> None:
+    _, scale = layer.quantizer.integers(layer.matrix)
+    if not scale.isfinite().all():
+        raise SchemeError(
+            f"the weights of {name} are too large for {scale.dtype} scales, or not finite: check "
+            "the model, or choose scale_dtype=torch.float32"
+        )
 
 
 def _runs_on_int8_kernel(scheme: QuantScheme) -> bool:

@@ -80,7 +80,7 @@ def test_a_layer_under_two_names_is_saved_once(tmp_path):
     net = nn.Sequential(shared, nn.ReLU(), shared)
     converted = convert(prepare_qat(net, W4))
     loaded = load_quantized(save_quantized(converted, tmp_path), net)
-    assert list(load_file(tmp_path / WEIGHTS)) == ["0.bias", "0.integers", "0.scale"]
+    assert sorted(load_file(tmp_path / WEIGHTS)) == ["0.bias", "0.integers", "0.scale"]
     assert loaded[0] is loaded[2]
     assert torch.equal(loaded(inputs()), converted(inputs()))
 

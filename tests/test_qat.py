@@ -261,3 +261,12 @@ def test_errors_of_order():
     with pytest.raises(SchemeError, match=r"prepared with .*weight_bits=4.* not with .*=3"):
         convert(prepared, W3)
     assert torch.equal(convert(prepared, QuantScheme(4, 32))(inputs()), converted(inputs()))
+
+
+def test_weights_too_large_for_float16_scales_are_refused():
+    large = nn.Sequential(nn.Linear(64, 8))
+    with torch.no_grad():
+        large[0].weight[0, 0] = 1e6
+    with pytest.raises(SchemeError, match=r"0 are too large for torch\.float16"):
+        prepare_qat(large, W4)
+    prepare_qat(large, QuantScheme(4, 32, torch.float32))
