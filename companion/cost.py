@@ -18,7 +18,8 @@ def model_bytes(model: nn.Module) -> int:
     """Size of the whole file that a model is saved to, in bytes.
 
     The state is written as safetensors in memory and counted. Layers of
-    ``torch.ao.nn.quantized`` are opened: their integers, scales and zero points count.
+    ``torch.ao.nn.quantized`` are opened: their integers, scales and zero points count. Tensors
+    that layers share count once.
 
     Parameters
     ----------
@@ -34,7 +35,11 @@ def model_bytes(model: nn.Module) -> int:
     >>> model_bytes(nn.Linear(100, 100)) - 4 * (100 * 100 + 100)  # the header
     144
     """
-    return len(to_safetensors(dict(_plain_tensors("", model.state_dict()))))
+    once = {}  # tied tensors stand in a file once
+    for name, tensor in model.state_dict().items():
+        shared = isinstance(tensor, Tensor) and not tensor.is_quantized and tensor.numel()
+        once.setdefault((tensor.data_ptr(), tensor.shape) if shared else name, (name, tensor))
+    return len(to_safetensors(dict(_plain_tensors("", dict(once.values())))))
 
 
 def _plain_tensors(name: str, value: Any) -> Iterable[tuple[str, Tensor]]:

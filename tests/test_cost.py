@@ -1,15 +1,26 @@
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from companion import latency, model_bytes
+from companion import W4, convert, latency, load_pretrained, model_bytes, prepare_qat
+from companion.sources import find
 
 
 def test_model_bytes_is_the_size_of_the_file(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     assert model_bytes(model) == (tmp_path / "model.safetensors").stat().st_size
+
+
+def test_tied_tensors_count_once_as_in_the_file():
+    float_model = load_pretrained("docs-lm")
+    file = Path(find("docs-lm")[0], "model.safetensors").stat().st_size
+    assert model_bytes(float_model) == pytest.approx(file, rel=1e-3)
+    packed = convert(prepare_qat(float_model, W4, embeddings=True))
+    assert 0.14 < model_bytes(packed) / model_bytes(float_model) < 0.15
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM])
