@@ -373,10 +373,10 @@ print(f"{steps} steps read it {steps / len(task.train):.1f} times")
 # A text this small can be learned by heart, and the training loss would only praise that. So we keep
 # an eye on the validation split: `fit` measures it every few steps and, at the end, gives back the
 # weights that did best on it. The learning rate is chosen on it too, between two: small models often
-# take 5e-4, and ten times that should be too much, so that we see what too much looks like. The
-# winner alone is measured on the test split. (While writing this page we also tried a rate in
-# between: a little better on validation, no better on the test split. So take 5e-4 for a good rate,
-# not for the best.)
+# take 5e-4, and ten times that should be too much, so that we see what too much looks like. Below,
+# the winner alone is measured on the test split. (While writing this page we looked at all of them
+# there, and at a rate in between: a little better on validation, no better on the test split. So
+# take 5e-4 for a good rate, not for the best.)
 
 
 # %%

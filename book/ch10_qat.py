@@ -348,7 +348,7 @@ print("at least half recovered:", result.share.low > 0.5)
 # %% [markdown]
 # In {glue:text}`ch10-steps` steps, {glue:text}`ch10-share:.0%` of the damage
 # ({glue:text}`ch10-low:.0%` to {glue:text}`ch10-high:.0%`) were taken back, with one seed and two
-# bits. The bar, at least half, was set after a trial run with another seed.
+# bits. The bar, at least half, was set after trial runs, an early one with this seed among them.
 #
 # ### The mistake of the missing control
 #
@@ -629,8 +629,8 @@ cosines = {
 estimates(cosines, xlabel="cosine similarity with the float model")
 
 # %% [markdown]
-# The margin, fixed when the learning rate was: trained must exceed rounded by 0.1, with the whole
-# interval of the {term}`paired difference`.
+# The margin, set together with the learning rate after trial runs: trained must exceed rounded by
+# 0.1, with the whole interval of the {term}`paired difference`.
 
 # %%
 gain = bootstrap(trained - rounded_only[2])
