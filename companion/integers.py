@@ -275,26 +275,24 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 def _round(x: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
-    # adding even a zero point of 0 turns -0.0 into 0.0, as integers would
-    return torch.mul(x.float(), 1.0 / scale.float()).round_().add_(zero_point)
+    rounded = torch.mul(x.float(), 1.0 / scale.float()).round_()
+    return rounded if isinstance(zero_point, int) and zero_point == 0 else rounded.add_(zero_point)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, qmin, qmax):
-        whole = isinstance(zero_point, int)
-        ctx.save_for_backward(x, scale, *(() if whole else (zero_point,)))
-        ctx.zero_point, ctx.range = zero_point if whole else None, (qmin, qmax)
-        rounded = _round(x, scale, zero_point).clamp_(qmin, qmax)
-        if not whole or zero_point:
-            rounded.sub_(zero_point)
-        return rounded.mul_(scale.float()).to(x.dtype)
+        rounded = _round(x, scale, zero_point)
+        clipped = rounded.clamp(qmin, qmax)
+        if ctx.needs_input_grad[0]:
+            # Whole steps outside the range, cut at one, mark what was clipped. In place and
+            # without a comparison, both of which CPUs reward.
+            ctx.save_for_backward(rounded.sub_(clipped).abs_().clamp_(max=1).neg_().add_(1))
+        if not isinstance(zero_point, int) or zero_point:
+            clipped.sub_(zero_point)
+        return clipped.mul_(scale.float()).add_(0.0).to(x.dtype)  # -0.0 becomes 0.0
 
     @staticmethod
     def backward(ctx, grad):
-        # Rounding again is cheaper than keeping a mask, and whole steps outside the range,
-        # cut at one, are that mask without a comparison, which CPUs do slowly.
-        x, scale, *rest = ctx.saved_tensors
-        rounded = _round(x, scale, rest[0] if rest else ctx.zero_point)
-        clipped = rounded.sub_(rounded.clamp(*ctx.range)).abs_().clamp_(max=1).to(grad.dtype)
-        return torch.addcmul(grad, grad, clipped, value=-1), None, None, None, None
+        (inside,) = ctx.saved_tensors
+        return (grad * inside).to(grad.dtype), None, None, None, None
