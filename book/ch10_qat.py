@@ -546,9 +546,11 @@ estimates(
 
 # %% [markdown]
 # The fewer the bits, the larger the damage. Where it is small, the share divides one small
-# difference by another and says little; the damage printed beside it says what was at stake. The
-# intervals are over documents; the values by seed show what the seed adds. And all of it is one
-# small model on one text.
+# difference by another and says little; the damage printed beside it says what was at stake. Three
+# bits came off worst, with seeds that disagree: plain QAT is not a cure for everything, and whether
+# another method does better there is a question for a later chapter. The intervals are over
+# documents; the values by seed show what the seed adds. And all of it is one small model on one
+# text.
 
 # %%
 damages = [result.damage.value for result in found.values()]
