@@ -6,6 +6,7 @@ Floor 5 of the house.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -104,6 +105,7 @@ def _guard(name: str, probe: Callable[[], str], required: bool = True) -> Check:
 
 def _version(name: str, tested: str) -> str:
     found = importlib.metadata.version(name).split("+")[0]
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, when imported
     __import__(name)
     return found if found == tested else f"{found} (the book is checked with {tested})"
 

@@ -88,7 +88,12 @@ def _sources(name: str) -> Iterator[tuple[str, Callable[[], str | Path]]]:
 def quiet_transformers() -> Iterator:
     """Import transformers, without bars and remarks about heads that are meant to be fresh."""
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, when imported
-    import transformers
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"language models need transformers ({error}): pip install 'companion[language]'"
+        ) from error
 
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()

@@ -1,4 +1,5 @@
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,3 +61,9 @@ def test_tokenizer_loses_nothing():
     tokenizer = load_tokenizer()
     text = 'Return x ≤ 3 if naïve else "∞".\n    Indented.'
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'companion\[language\]'"):
+        load_tokenizer()
