@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from companion.files import write_atomically
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("companion", "torch", "torchvision", "transformers", "numpy", "scikit-learn")
 
@@ -43,9 +45,6 @@ def provenance(**settings) -> dict:
 def write_results(name: str, records: list[dict], **settings) -> Path:
     """Write ``benchmarks/results/<name>.json`` with provenance, and return its path."""
     path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
     content = {"provenance": provenance(**settings), "records": records}
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=1) + "\n"))
     return path

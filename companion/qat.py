@@ -154,7 +154,7 @@ def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
     WrongStage
         If the model was not prepared, or is converted already.
     SchemeError
-        If it was prepared with another scheme.
+        If it was prepared with another scheme, or its weights are no longer finite.
 
     Examples
     --------
@@ -178,6 +178,7 @@ def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
     done: dict[int, Packed] = {}
     for name in record.layers:
         layer = converted.get_submodule(name)
+        _check_finite(name, layer)
         new[layer] = packed = empty_packed(layer, record.scheme).store(layer)
         tied = done.setdefault(id(layer.weight), packed)  # one copy for layers that share one
         packed.integers, packed.scale = tied.integers, tied.scale

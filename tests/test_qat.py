@@ -270,3 +270,11 @@ def test_weights_too_large_for_float16_scales_are_refused():
     with pytest.raises(SchemeError, match=r"0 are too large for torch\.float16"):
         prepare_qat(large, W4)
     prepare_qat(large, QuantScheme(4, 32, torch.float32))
+
+
+def test_a_model_that_training_broke_is_not_converted():
+    prepared = prepare_qat(model(), W4)
+    with torch.no_grad():
+        prepared[2].up.weight[3, 5] = float("nan")
+    with pytest.raises(SchemeError, match=r"2\.up are too large .* or not finite"):
+        convert(prepared)
