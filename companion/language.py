@@ -5,7 +5,7 @@ Floor 2 of the house. Built in chapters 8 (perplexity) and 10 (recovery).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,20 +47,23 @@ class DocumentLosses:
 
 @torch.no_grad()
 def document_losses(model: nn.Module, loader: Iterable) -> DocumentLosses:
-    """Measure a language model on each document of a loader, in eval mode.
+    """Measure a model's loss on each document (or example) of a loader, in eval mode.
 
     Parameters
     ----------
     model : nn.Module
-        Called with ``input_ids`` (and ``attention_mask`` if the batch has one); its output
-        carries ``logits`` of shape (rows, tokens, vocabulary).
-    loader : iterable of dict
-        ``input_ids`` and ``labels``, int64, shape (rows, tokens); -100 is not scored. Rows
-        with equal ``document`` belong together; without it each row is a document.
+        Language models are called with ``input_ids`` (and what else the batch has), and their
+        output carries ``logits`` of shape (rows, tokens, vocabulary); classifiers answer with
+        one row of scores for each example.
+    loader : iterable of dict, or of (inputs, labels)
+        ``labels``, int64: shape (rows, tokens), -100 is not scored, each token is predicted
+        from those before it; or shape (rows,) for classifiers. Rows with equal ``document``
+        belong together; without it each row is a document.
 
     Returns
     -------
     DocumentLosses
+        For classifiers each example counts as one token.
 
     Raises
     ------
@@ -73,10 +76,17 @@ def document_losses(model: nn.Module, loader: Iterable) -> DocumentLosses:
     sums: dict[int, list[float]] = {}
     row = 0
     for batch in loader:
-        inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
-        logits = model(**inputs).logits[:, :-1].float()
-        labels = batch["labels"][:, 1:].to(device)
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(),
+        if isinstance(batch, Mapping):
+            left_out = ("labels", "document")
+            inputs = {k: v.to(device) for k, v in batch.items() if k not in left_out}
+            logits, labels = model(**inputs).logits, batch["labels"].to(device)
+        else:
+            logits, labels, batch = model(batch[0].to(device)), batch[1].to(device), {}
+        if labels.dim() == 2:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        else:
+            logits, labels = logits[:, None], labels[:, None]
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(),
                                              reduction="none").view(labels.shape)  # fmt: skip
         owners = batch.get("document", torch.arange(row, row + len(labels)))
         scored = (labels != -100).sum(1).tolist()

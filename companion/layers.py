@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from companion.activations import fake_quantize_activations
 from companion.integers import dequantize, pack, unpack
-from companion.methods import Absmax, fake_quantize_activations
+from companion.methods import Absmax
 from companion.scheme import QuantScheme
 
 
@@ -58,7 +59,7 @@ class FakeQuantEmbedding(nn.Embedding):
     quantizer: Absmax
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.quantizer(super().forward(ids))
+        return self.quantizer(super().forward(ids), rows=ids)
 
     @property
     def matrix(self) -> Tensor:

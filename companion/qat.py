@@ -26,7 +26,7 @@ from companion.layers import (
     QuantizedEmbedding,
     QuantizedLinear,
 )
-from companion.methods import make_quantizer
+from companion.methods import Absmax, make_quantizer
 from companion.scheme import W8A8, QuantScheme
 from companion.survey import (
     Quantization,
@@ -120,10 +120,13 @@ def prepare_qat(
         )
     check_divisible(targets, chosen, scheme)
     prepared = copy.deepcopy(model)
+    quantizers: dict[nn.Parameter, Absmax] = {}
     for name in chosen:
         module = prepared.get_submodule(name)
         module.__class__ = _FAKE[kind_of(module)]
-        module.quantizer = make_quantizer(scheme, method).to(module.weight.device)
+        if module.weight not in quantizers:  # tied layers share their range too
+            quantizers[module.weight] = make_quantizer(scheme, method, module.matrix)
+        module.quantizer = quantizers[module.weight]
         _check_finite(name, module)
         record.layers.append(name)
     prepared.quantization = record

@@ -6,23 +6,20 @@ Floor 1 of the house. Built in chapter 2, used by every chapter after it.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from companion.checkpoint import CHECKPOINT, read_checkpoint, set_rng, write_checkpoint
-from companion.errors import CheckpointError, EmptyLoader, NonFiniteLoss, NothingToTrain
+from companion.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from companion.errors import CheckpointError, NonFiniteLoss, NothingToTrain
+from companion.losses import LossFn, default_loss, distillation_loss
+from companion.stream import forever
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
@@ -49,26 +46,13 @@ class History:
     validation: list[list] = field(default_factory=list)
 
 
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Cross-entropy for ``(inputs, labels)`` pairs; the model's own loss for dict batches.
-
-    Examples
-    --------
-    >>> float(default_loss(nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))))
-    0.6931471824645996
-    """
-    if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key != "document"}).loss
-    inputs, labels = batch
-    return F.cross_entropy(model(inputs), labels)
-
-
 def fit(
     model: nn.Module,
     loader: Iterable,
     *,
     steps: int = 200,
     loss_fn: LossFn = default_loss,
+    teacher: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | Callable[[list], torch.optim.Optimizer] | None = None,
     lr: float = 1e-3,
     schedule: str | Callable[[float], float] = "cosine",
@@ -96,6 +80,9 @@ def fit(
         Optimizer steps.
     loss_fn : callable
         ``loss_fn(model, batch)`` returns a scalar.
+    teacher : nn.Module, optional
+        A float model to imitate instead of the labels: the loss is then
+        ``distillation_loss(teacher)``.
     optimizer : optimizer or callable, optional
         An optimizer over this model's parameters, or a function from a parameter list to one,
         such as ``partial(torch.optim.SGD, lr=0.001, momentum=0.9)``. Default: AdamW at `lr`.
@@ -145,6 +132,13 @@ def fit(
     """
     if min(steps, accumulate, checkpoint_every, validate_every) < 1:
         raise ValueError("steps, accumulate and the ..._every intervals must be at least 1")
+    if teacher is not None:
+        if loss_fn is not default_loss:
+            raise ValueError(
+                "pass a teacher or a loss_fn, not both; distillation_loss(teacher, temperature, "
+                "share) is a loss_fn"
+            )
+        loss_fn = distillation_loss(teacher)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise NothingToTrain(
@@ -171,7 +165,7 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         history, rng, best = History(**saved["history"]), saved["rng"], saved["best"]
 
-    batches = _forever(loader, seed, start * accumulate, rng)
+    stream = forever(loader, seed, start * accumulate, rng)
     device = parameters[0].device
     if validate is not None and not start:
         best = _validate(model, validate, 0, history, best)
@@ -185,7 +179,7 @@ def fit(
             optimizer.zero_grad()
             total = 0.0
             for _ in range(accumulate):
-                batch = _to(next(batches), device)
+                batch = _to(next(stream), device)
                 loss = loss_fn(model, batch) / accumulate
                 _check_loss(loss, step)
                 loss.backward()
@@ -252,39 +246,6 @@ def _check_loss(loss: Tensor, step: int) -> None:
         )
     if not loss.requires_grad:
         raise NothingToTrain(_NO_GRADIENT)
-
-
-def _forever(loader: Iterable, seed: int, skip: int, rng: tuple | None) -> Iterator:
-    """Yield batches without end, each pass seeded by its number, so any pass can be replayed.
-
-    On resume, `skip` batches are replayed unseen; then the generators continue from `rng`.
-    """
-    seen = 0
-    for epoch in count():
-        _seed_everything(seed + epoch)
-        if getattr(loader, "generator", None) is not None:
-            loader.generator.manual_seed(seed + epoch)
-        before = seen
-        for batch in loader:
-            seen += 1
-            if seen > skip:
-                yield batch
-            elif seen == skip:
-                set_rng(rng)
-        if seen == before:
-            raise EmptyLoader(
-                "the loader gave no batch: is the data set empty, or smaller than one batch with "
-                "drop_last=True?"
-                if epoch == 0
-                else f"the loader ran dry after {seen} batches: pass something that can be "
-                "iterated again (a DataLoader or a list), not a generator"
-            )
-
-
-def _seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def _to(batch: Any, device: torch.device) -> Any:

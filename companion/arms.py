@@ -1,0 +1,119 @@
+"""The methods that are compared, each as one arm: when the rounding begins, and how.
+
+Floor 8 of the house. Built in chapter 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from companion.ptq import gptq
+from companion.qat import convert, prepare_qat
+from companion.scheme import QuantScheme
+from companion.tasks import Task
+
+Prepare = Callable[[nn.Module, QuantScheme, Task], nn.Module]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get from a float model to a quantized one, in a given number of steps.
+
+    Parameters
+    ----------
+    name : str
+    prepare : callable, optional
+        ``prepare(model, scheme, task)`` returns the model to train further, or to finish.
+        None leaves it in floating point.
+    finish : callable
+        Turns the trained model into the one that is measured.
+    float_share : float
+        Of the steps, in floating point before `prepare`: 0 rounds from the first step on, 1
+        after the last (post-training quantization).
+    distil : bool
+        After the float steps, imitate the model that they gave instead of the labels.
+
+    Examples
+    --------
+    >>> Arm("late", lambda model, scheme, task: prepare_qat(model, scheme), float_share=0.5).steps(9)
+    (4, 5)
+    """
+
+    name: str
+    prepare: Prepare | None = None
+    finish: Callable[[nn.Module], nn.Module] = convert
+    float_share: float = 0.0
+    distil: bool = False
+
+    def steps(self, total: int) -> tuple[int, int]:
+        """Split a number of steps into those before and those under rounding."""
+        first = round(self.float_share * total)
+        return first, total - first
+
+
+def _with(method: str) -> Prepare:
+    return lambda model, scheme, task: prepare_qat(model, scheme, method)
+
+
+def _gptq(model: nn.Module, scheme: QuantScheme, task: Task) -> nn.Module:
+    torch.manual_seed(0)  # which batches calibrate
+    return gptq(model, scheme, task.train, progress=False)
+
+
+def lora(
+    model: nn.Module, scheme: QuantScheme, task: Task | None = None, *, rank: int = 8
+) -> nn.Module:
+    """Prepare a model, freeze it, and add low-rank adapters inside its fake quantization.
+
+    PEFT adds its update to the *parameter*, before it is rounded; so what trains is
+    ``fake_quantize(W + B A)``, and merging changes nothing.
+
+    Parameters
+    ----------
+    model : nn.Module
+    scheme : QuantScheme
+    task : Task, optional
+        Not used; it makes the signature that of `Arm.prepare`.
+    rank : int
+        Columns of B.
+
+    Returns
+    -------
+    peft.PeftModel
+        ``merge_and_unload()`` gives the prepared model back, ready for `convert`.
+
+    References
+    ----------
+    Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    prepared = prepare_qat(model, scheme)
+    targets = [f"{name}.weight" for name in prepared.quantization.layers]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=targets)
+    return get_peft_model(prepared, config)
+
+
+FLOAT = Arm("float", finish=lambda model: model, float_share=1.0)
+NEAREST = Arm("nearest", _with("absmax"), float_share=1.0)
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        NEAREST,
+        Arm("nearest-mse", _with("mse"), float_share=1.0),
+        Arm("gptq", _gptq, float_share=1.0),
+        Arm("absmax", _with("absmax")),
+        Arm("absmax-torchao-gradient", _with("absmax-torchao-gradient")),
+        Arm("mse", _with("mse")),
+        Arm("lsq", _with("lsq")),
+        Arm("delayed", _with("absmax"), float_share=0.25),
+        Arm("distilled", _with("absmax"), float_share=0.25, distil=True),
+        Arm("lora", lora, lambda model: convert(model.merge_and_unload()), float_share=0.25),
+        Arm("default", _with("lsq"), float_share=0.25, distil=True),
+    )
+}
+"""The methods that `compare` knows by name."""
