@@ -11,6 +11,7 @@ from companion.models import load_pretrained
 from companion.packed import load_quantized, save_quantized
 from companion.qat import convert, prepare_qat
 from companion.scheme import W2, W3, W4, W4A8, W8, W8A8, Activations, QuantScheme
+from companion.study import compare
 from companion.tasks import load_task
 from companion.train import fit
 from companion.wrapper import QuantWrapper
@@ -30,6 +31,7 @@ __all__ = [
     "QuantWrapper",
     "accuracy",
     "choose_scale",
+    "compare",
     "convert",
     "dequantize",
     "fake_quantize",

@@ -5,6 +5,7 @@ Floor 8 of the house. Built in chapter 11.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -95,7 +96,9 @@ def lora(
     prepared = prepare_qat(model, scheme)
     targets = [f"{name}.weight" for name in prepared.quantization.layers]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=targets)
-    return get_peft_model(prepared, config)
+    with warnings.catch_warnings():  # peft reads a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        return get_peft_model(prepared, config)
 
 
 FLOAT = Arm("float", finish=lambda model: model, float_share=1.0)

@@ -1,6 +1,6 @@
 """The command line: ``companion`` or ``python -m companion``.
 
-Floor 5 of the house.
+Floor 13 of the house.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`save_quantized` and `load_quantized`: one safetensors file and a config.json, hash-checked.
 
-Floor 6 of the house. Built in chapter 10.
+Floor 7 of the house. Built in chapter 10.
 """
 
 from __future__ import annotations

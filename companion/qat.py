@@ -1,6 +1,6 @@
 """`prepare_qat` and `convert`: from a float model to one that trains rounded, to packed integers.
 
-Floor 5 of the house. Built in chapter 10.
+Floor 6 of the house. Built in chapter 10.
 
 References
 ----------
@@ -46,7 +46,7 @@ _FAKE = {"Linear": FakeQuantLinear, "Conv1D": FakeQuantConv1D, "Embedding": Fake
 def prepare_qat(
     model: nn.Module,
     scheme: QuantScheme,
-    method: str = "absmax",
+    method: str | type[Absmax] = "absmax",
     *,
     skip: Iterable[str] = (),
     embeddings: bool = False,
@@ -62,8 +62,8 @@ def prepare_qat(
         Any model with nn.Linear or GPT-2's Conv1D layers; left as it is.
     scheme : QuantScheme
         Such as the presets W4 or W8A8.
-    method : {"absmax", "absmax-torchao-gradient"}
-        How the range of the weights is chosen.
+    method : {"absmax", "mse", "lsq", "absmax-torchao-gradient"} or subclass of Absmax
+        How the range of the weights is chosen, from `companion.methods`.
     skip : iterable of str
         Layers that stay in floating point: full names, last parts of names, names of blocks
         that contain them, or patterns with ``*``.
@@ -97,7 +97,7 @@ def prepare_qat(
     make_quantizer(scheme, method)  # an unknown method is refused before anything is copied
     refuse_quantized(model)
     refuse_unseen_weights(model, skip)
-    record = Quantization(scheme, method)
+    record = Quantization(scheme, method if isinstance(method, str) else method.__name__)
     targets = {
         name: module
         for name, module in model.named_modules()

@@ -1,6 +1,6 @@
 """SmoothQuant: share outlying activations with the weights before both are rounded.
 
-Floor 2 of the house: it changes a float model, and knows no grid. Built in chapter 11.
+Floor 1 of the house: it changes a float model, and knows no grid. Built in chapter 11.
 """
 
 from __future__ import annotations

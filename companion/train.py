@@ -1,6 +1,6 @@
 """`fit`: the one training loop. It knows nothing of quantization, so every arm trains alike.
 
-Floor 1 of the house. Built in chapter 2, used by every chapter after it.
+Floor 3 of the house. Built in chapter 2, used by every chapter after it.
 """
 
 from __future__ import annotations

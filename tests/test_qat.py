@@ -239,9 +239,9 @@ def test_errors_of_prepare():
                                           r".*could be 2, 4, 8, 16, 32, 64, or None"):  # fmt: skip
         prepare_qat(model(), QuantScheme(4, 48))
     with pytest.raises(
-        SchemeError, match=r"'lsq' is unknown: choose one of absmax, absmax-torchao"
+        SchemeError, match=r"'slq' is unknown: choose one of absmax, absmax-torchao"
     ):
-        prepare_qat(model(), W4, "lsq")
+        prepare_qat(model(), W4, "slq")
     dynamic = torch.ao.quantization.quantize_dynamic(model(), {nn.Linear})
     with pytest.raises(UnsupportedModel, match=r"0\.up \(Linear\) holds quantized weights already"):
         prepare_qat(dynamic, W4)
