@@ -14,7 +14,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +44,7 @@ PACKAGES = {
 MIN_CHARACTERS = 80
 NGRAM = 13  # words; the usual length for finding text that was seen in training
 TRAIN_SHARE = 0.65  # of the language reference's text
-FORMAT = 1  # raise when the rules below change, so that older caches are left aside
+FORMAT = 2  # raise when the rules below change, so that older caches are left aside
 HELD_OUT = {"test": range(0, 5), "validation": range(5, 7)}  # percent of the source files
 
 
@@ -57,6 +57,8 @@ class Corpus:
     train, validation, test : tuple of str
     versions : dict of str to str
         Packages read, with their versions.
+    packages : dict of str to tuple of str
+        For each split, the package that each document comes from; empty if not known.
 
     Examples
     --------
@@ -69,6 +71,7 @@ class Corpus:
     validation: tuple[str, ...]
     test: tuple[str, ...]
     versions: dict[str, str]
+    packages: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -122,10 +125,13 @@ def docstrings(packages: Iterable[str] = tuple(PACKAGES), progress: bool = True)
     key = hashlib.sha256(json.dumps([FORMAT, versions]).encode()).hexdigest()[:12]
     path = cache_folder() / f"docstrings-{key}.json"
     if path.exists():
-        return Corpus(versions=versions, **{k: tuple(v) for k, v in _read(path).items()})
-    splits = _split(packages, progress)
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(splits)))
-    return Corpus(versions=versions, **{k: tuple(v) for k, v in splits.items()})
+        splits = json.loads(path.read_text())
+    else:
+        splits = _split(packages, progress)
+        write_atomically(path, lambda partial: partial.write_text(json.dumps(splits)))
+    texts, origins = ({part: tuple(pair[i] for pair in pairs) for part, pairs in splits.items()}
+                      for i in (0, 1))  # fmt: skip
+    return Corpus(versions=versions, packages=origins, **texts)
 
 
 def language_reference() -> Corpus:
@@ -198,12 +204,13 @@ def ngrams(text: str, n: int = NGRAM) -> np.ndarray:
     return (windows * powers).sum(1, dtype=np.uint64)
 
 
-def _split(packages: list[str], progress: bool) -> dict[str, list[str]]:
+def _split(packages: list[str], progress: bool) -> dict[str, list[tuple[str, str]]]:
+    """Return pairs of a document and its package, for each split."""
     reference = np.unique(np.concatenate([ngrams(text) for text in _topics().values()]))
-    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
     seen: set[str] = set()
-    files = [file for package in packages for file in _files(package)]
-    for package_root, file in tqdm(
+    files = [(package, *file) for package in packages for file in _files(package)]
+    for package, package_root, file in tqdm(
         files, desc="docstrings", leave=False, **({} if progress else {"disable": True})
     ):
         name = file.relative_to(package_root.parent).as_posix()
@@ -213,10 +220,10 @@ def _split(packages: list[str], progress: bool) -> dict[str, list[str]]:
             squeezed = " ".join(document.split())
             if squeezed not in seen and not _found(ngrams(document), reference):
                 seen.add(squeezed)
-                splits[part].append(document)
-    read = np.unique(np.concatenate([ngrams(text) for text in splits["train"]]))
+                splits[part].append((document, package))
+    read = np.unique(np.concatenate([ngrams(text) for text, _ in splits["train"]]))
     for part in HELD_OUT:
-        splits[part] = [text for text in splits[part] if not _found(ngrams(text), read)]
+        splits[part] = [pair for pair in splits[part] if not _found(ngrams(pair[0]), read)]
     return splits
 
 
@@ -246,10 +253,6 @@ def _docstrings(file: Path) -> Iterator[str]:
             text = inspect.cleandoc(text)
             if len(text) >= MIN_CHARACTERS:
                 yield text
-
-
-def _read(path: Path) -> dict[str, list[str]]:
-    return json.loads(path.read_text())
 
 
 def _topics() -> dict[str, str]:

@@ -6,50 +6,31 @@ Floor 3 of the house. Built in chapters 2 and 8.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader
 
 from companion.corpus import Corpus, docstrings, language_reference
 from companion.errors import SourceUnavailable
-from companion.files import cache_folder
-from companion.sources import find, load_tokenizer
-from companion.text import loaders
+from companion.images import cifar10, digits
+from companion.sources import MINILM, find, load_tokenizer
+from companion.task import Task
+from companion.text import Rows, loaders
 
-IMAGE_SIZE = 32
-VALIDATION_SIZE = 100
 EVALUATION_BATCH = 100
-
-
-@dataclass(frozen=True)
-class Task:
-    """A data set, split once and for all, ready for `fit` and `accuracy`.
-
-    Parameters
-    ----------
-    name : str
-    train, validation, test : DataLoader
-        Batches ``(inputs, labels)``, or dictionaries for language models. `train` is
-        shuffled, the others keep their order.
-    classes : tuple of str
-        What label 0, 1, ... mean; empty for language modelling.
-    source : str
-        Where the data comes from, and its licence.
-    """
-
-    name: str
-    train: DataLoader
-    validation: DataLoader
-    test: DataLoader
-    classes: tuple[str, ...]
-    source: str
+LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn", "sympy", "torch",
+             "transformers")  # fmt: skip
+"""Classes of the task "topics": the packages with enough held-out docstrings."""
+_NAMES = re.compile(
+    r"matplotlib|pyplot|\bplt\b|\bmpl|networkx|\bnx\b|numpy|\bnp\b|pandas|\bpd\b|scipy|"
+    r"scikit-learn|scikit|sklearn|sympy|py ?torch|torch|hugging ?face|transformers",
+    re.IGNORECASE,
+)
 
 
 def load_task(name: str, **options) -> Task:
@@ -62,7 +43,8 @@ def load_task(name: str, **options) -> Task:
         labels), ``"cifar10"`` (downloaded by torchvision where a network allows).
         Language modelling: ``"language-reference"`` (Python's, to fine-tune on),
         ``"docstrings"`` (what docs-lm was pre-trained on; larger test split), a local text,
-        JSON, CSV or Parquet file, or the Hub id of a data set.
+        JSON, CSV or Parquet file, or the Hub id of a data set. Classification: ``"topics"``
+        (which library does a docstring describe, names masked).
     **options
         ``batch_size``; for the digits ``labels_per_class``, training images of each class
         (None for all that are not held out); for language modelling ``tokenizer`` (default:
@@ -101,75 +83,6 @@ def load_task(name: str, **options) -> Task:
     )
 
 
-def _digits(digits: range, test_size: int, default_labels: int | None) -> Callable[..., Task]:
-    """Build a loader of some digits: validation first, test last, training images between."""
-
-    def load(name: str, batch_size: int = 32, labels_per_class: int | None = default_labels):
-        from sklearn.datasets import load_digits
-
-        scans = load_digits()
-        chosen = np.flatnonzero(np.isin(scans.target, digits))
-        order = np.random.RandomState(0).permutation(chosen)  # legacy stream: frozen for good
-        data = TensorDataset(
-            _enlarge(torch.tensor(scans.images[order], dtype=torch.float32)),
-            torch.tensor(scans.target[order] - digits.start),
-        )
-        pool = np.arange(VALIDATION_SIZE, len(data) - test_size)
-        if labels_per_class is not None:
-            labels = data.tensors[1].numpy()[pool]
-            pool = np.concatenate(
-                [pool[labels == c][:labels_per_class] for c in range(len(digits))]
-            )
-        return Task(
-            name,
-            train=DataLoader(Subset(data, pool), batch_size, shuffle=True),
-            validation=DataLoader(Subset(data, range(VALIDATION_SIZE)), EVALUATION_BATCH),
-            test=DataLoader(
-                Subset(data, range(len(data) - test_size, len(data))), EVALUATION_BATCH
-            ),
-            classes=tuple(map(str, digits)),
-            source="scikit-learn's load_digits (UCI handwritten digits, CC BY 4.0)",
-        )
-
-    return load
-
-
-def _enlarge(scans: Tensor) -> Tensor:
-    """8x8 scans of 0 to 16 become 32x32 RGB images of -1 to 1, as ResNet expects."""
-    images = scans[:, None] / 8 - 1
-    images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
-    return images.repeat(1, 3, 1, 1)
-
-
-def _cifar10(name: str, batch_size: int = 32) -> Task:
-    from torchvision import transforms
-    from torchvision.datasets import CIFAR10
-
-    to_tensor = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-    )
-    folder = cache_folder()
-    try:
-        data = {part: CIFAR10(folder, part, transform=to_tensor, download=True)
-                for part in (True, False)}  # fmt: skip
-    except (OSError, RuntimeError) as error:
-        raise SourceUnavailable(
-            f"cifar10 could not be downloaded ({error}); without a network use 'digits-5-9', "
-            f"or put the archive into {folder}"
-        ) from error
-    held_out = len(data[True]) - 10 * VALIDATION_SIZE
-    return Task(
-        name,
-        train=DataLoader(Subset(data[True], range(held_out)), batch_size, shuffle=True),
-        validation=DataLoader(
-            Subset(data[True], range(held_out, len(data[True]))), EVALUATION_BATCH
-        ),
-        test=DataLoader(data[False], EVALUATION_BATCH),
-        classes=tuple(data[True].classes),
-        source="CIFAR-10 (Krizhevsky, 2009), through torchvision",
-    )
-
-
 def _language_reference(name: str, **options) -> Task:
     reference = language_reference()
     source = f"the Python {reference.versions['python']} language reference (PSF licence)"
@@ -182,6 +95,47 @@ def _docstrings(name: str, documents: int | None = None, progress: bool = True, 
     splits = {part: getattr(corpus, part)[:documents] for part in ("train", "validation", "test")}
     source = f"docstrings of {', '.join(f'{k} {v}' for k, v in corpus.versions.items())}"
     return _language_task(name, Corpus(versions=corpus.versions, **splits), source, **options)
+
+
+def _topics(
+    name: str,
+    tokenizer=None,
+    per_class: int = 200,
+    tokens: int = 64,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Task:
+    """The beginning of a docstring, without the names that would give its library away."""
+    corpus = docstrings(progress=progress)
+    tokenizer = tokenizer or load_tokenizer(MINILM)
+    rng = np.random.RandomState(0)  # legacy stream: frozen for good
+    sizes = {"train": per_class, "validation": 30, "test": 100}
+    parts = {}
+    for part, size in sizes.items():
+        documents, packages = np.array(getattr(corpus, part)), np.array(corpus.packages[part])
+        chosen = np.concatenate(
+            [rng.permutation(np.flatnonzero(packages == package))[:size] for package in LIBRARIES]
+        )
+        encoded = tokenizer(
+            [_masked(text) for text in documents[chosen]],
+            truncation=True, max_length=tokens, padding="max_length", return_tensors="pt",
+        )  # fmt: skip
+        labels = torch.tensor([LIBRARIES.index(package) for package in packages[chosen]])
+        rows = Rows(
+            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], labels=labels
+        )
+        parts[part] = DataLoader(
+            rows,
+            batch_size if part == "train" else EVALUATION_BATCH,
+            shuffle=part == "train",
+        )
+    source = f"docstrings of {', '.join(f'{k} {corpus.versions[k]}' for k in LIBRARIES)}"
+    return Task(name, **parts, classes=LIBRARIES, source=source)
+
+
+def _masked(text: str) -> str:
+    """Take out what names a library: its name, the name it is imported as, and their kin."""
+    return _NAMES.sub("library", text)
 
 
 def _announce_difference(corpus: Corpus) -> None:
@@ -251,9 +205,10 @@ def _language_task(
 
 
 TASKS: dict[str, Callable[..., Task]] = {
-    "digits-0-4": _digits(range(0, 5), test_size=200, default_labels=None),
-    "digits-5-9": _digits(range(5, 10), test_size=596, default_labels=20),
-    "cifar10": _cifar10,
+    "digits-0-4": digits(range(0, 5), test_size=200, default_labels=None),
+    "digits-5-9": digits(range(5, 10), test_size=596, default_labels=20),
+    "cifar10": cifar10,
     "language-reference": _language_reference,
     "docstrings": _docstrings,
+    "topics": _topics,
 }

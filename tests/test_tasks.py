@@ -1,124 +1,20 @@
-import hashlib
 import json
-import pickle
+import re
 
-import numpy as np
 import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10
 
 from companion import load_task
 from companion.errors import SourceUnavailable
-from companion.files import cache_folder
 from companion.sources import load_tokenizer
 from companion.text import IGNORED
-
-
-def content(loader):
-    data = loader.dataset
-    images = torch.stack([data[i][0] for i in range(len(data))])
-    return images, np.array([int(data[i][1]) for i in range(len(data))])
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"), [("digits-0-4", (601, 100, 200)), ("digits-5-9", (100, 100, 596))]
-)
-def test_splits_are_fixed_and_share_no_image(name, sizes):
-    task = load_task(name)
-    parts = [content(loader)[0] for loader in (task.train, task.validation, task.test)]
-    assert tuple(map(len, parts)) == sizes
-    seen = [{image.numpy().tobytes() for image in part} for part in parts]
-    assert not seen[0] & seen[1]
-    assert not seen[0] & seen[2]
-    assert not seen[1] & seen[2]
-    again = content(load_task(name).test)[0]
-    assert torch.equal(parts[2], again)
-
-
-def test_the_two_digit_tasks_share_no_class():
-    lower, upper = load_task("digits-0-4"), load_task("digits-5-9")
-    assert lower.classes == ("0", "1", "2", "3", "4")
-    assert upper.classes == ("5", "6", "7", "8", "9")
-
-
-def test_labels_belong_to_their_images():
-    scans = load_digits()
-    truth = {(scan / 8 - 1).astype(np.float32).tobytes(): digit
-             for scan, digit in zip(scans.images, scans.target, strict=True)}  # fmt: skip
-    task = load_task("digits-5-9")
-    images, labels = content(task.test)
-    small = torch.nn.functional.interpolate(images[:, :1], size=(8, 8), mode="area")
-    nearest = {key: np.frombuffer(key, np.float32).reshape(8, 8) for key in truth}
-    for image, label in list(zip(small[:, 0].numpy(), labels, strict=True))[:40]:
-        key = min(nearest, key=lambda k: np.abs(nearest[k] - image).sum())
-        assert int(task.classes[label]) == truth[key]
-
-
-def test_few_labels_are_balanced_and_more_can_be_had():
-    _, labels = content(load_task("digits-5-9").train)
-    assert np.bincount(labels).tolist() == [20] * 5
-    _, labels = content(load_task("digits-5-9", labels_per_class=3).train)
-    assert np.bincount(labels).tolist() == [3] * 5
-    everything = load_task("digits-5-9", labels_per_class=None)
-    assert len(everything.train.dataset) == 200
-    assert torch.equal(content(everything.test)[0], content(load_task("digits-5-9").test)[0])
-
-
-def test_images_have_the_form_resnet_expects():
-    images, _ = next(iter(load_task("digits-0-4", batch_size=4).train))
-    assert images.shape == (4, 3, 32, 32)
-    assert -1 <= images.min() < images.max() <= 1
-    assert torch.equal(images[:, 0], images[:, 2])
 
 
 def test_unknown_task_names_the_known_ones():
     with pytest.raises(ValueError, match="digits-0-4, digits-5-9, cifar10"):
         load_task("mnist")
-
-
-def test_cifar10_without_a_network_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(SourceUnavailable, match="digits-5-9"):
-        load_task("cifar10")
-
-
-def test_cifar10_reads_the_real_format(tmp_path, monkeypatch):
-    """A small archive in CIFAR-10's own layout goes through torchvision's own reader."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    folder = cache_folder() / CIFAR10.base_folder
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name, _ in CIFAR10.train_list + CIFAR10.test_list:
-        entry = {"data": rng.integers(0, 256, (210, 3072), dtype=np.uint8), "labels": [3] * 210}
-        (folder / name).write_bytes(pickle.dumps(entry))
-    names = [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ]
-    meta = pickle.dumps({"label_names": names})
-    (folder / CIFAR10.meta["filename"]).write_bytes(meta)
-    monkeypatch.setitem(CIFAR10.meta, "md5", hashlib.md5(meta).hexdigest())
-    task = load_task("cifar10", batch_size=5)
-    images, labels = next(iter(task.train))
-    assert images.shape == (5, 3, 32, 32)
-    assert task.classes[int(labels[0])] == "cat"
-    assert [len(part.dataset) for part in (task.train, task.validation, task.test)] == [
-        50,
-        1000,
-        210,
-    ]
 
 
 PARAGRAPHS = [f"Paragraph {i} says that {i} plus {i} is {2 * i}. " * 8 for i in range(20)]
@@ -203,3 +99,22 @@ def test_language_tasks_use_the_text_they_name():
     reference = load_task("language-reference", block_size=128, batch_size=3)
     assert next(iter(reference.train))["input_ids"].shape == (3, 128)
     assert task.classes == reference.classes == ()
+
+
+def test_topics_hide_the_names_and_keep_the_splits_apart():
+    task = load_task("topics", per_class=20)
+    tokenizer = load_tokenizer("sentence-transformers/all-MiniLM-L6-v2")
+    rows = {part: getattr(task, part).dataset.columns for part in ("train", "validation", "test")}
+    assert torch.bincount(rows["train"]["labels"]).tolist() == [20] * len(task.classes)
+    assert rows["train"]["input_ids"].shape == (20 * len(task.classes), 64)
+    texts = {
+        part: [tokenizer.decode(ids, skip_special_tokens=True) for ids in columns["input_ids"]]
+        for part, columns in rows.items()
+    }
+    assert not set(texts["test"]) & set(texts["train"])
+    for text in texts["train"] + texts["test"]:
+        assert not re.search(r"numpy|pandas|scipy|sklearn|torch|sympy|networkx|matplotlib|hugging",
+                             text)  # fmt: skip
+    again = load_task("topics", per_class=20).train.dataset.columns["input_ids"]
+    assert torch.equal(again, rows["train"]["input_ids"])
+    assert task.classes[int(rows["test"]["labels"][0])] == "matplotlib"
