@@ -15,7 +15,16 @@ import torch
 from companion.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("companion", "torch", "torchvision", "transformers", "numpy", "scikit-learn")
+PACKAGES = (
+    "companion",
+    "torch",
+    "torchvision",
+    "transformers",
+    "numpy",
+    "scikit-learn",
+    "torchao",
+    "peft",
+)
 
 
 def provenance(**settings) -> dict:
@@ -42,9 +51,9 @@ def provenance(**settings) -> dict:
     }
 
 
-def write_results(name: str, records: list[dict], **settings) -> Path:
+def write_results(name: str, records: list[dict], more: dict | None = None, **settings) -> Path:
     """Write ``benchmarks/results/<name>.json`` with provenance, and return its path."""
     path = RESULTS / f"{name}.json"
-    content = {"provenance": provenance(**settings), "records": records}
+    content = {"provenance": provenance(**settings), "records": records} | (more or {})
     write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=1) + "\n"))
     return path

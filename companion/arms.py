@@ -6,7 +6,7 @@ Floor 8 of the house. Built in chapter 11.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from companion.qat import convert, prepare_qat
 from companion.scheme import QuantScheme
 from companion.tasks import Task
 
-Prepare = Callable[[nn.Module, QuantScheme, Task], nn.Module]
+Prepare = Callable[[nn.Module, QuantScheme, Task, Sequence[str]], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Arm:
     ----------
     name : str
     prepare : callable, optional
-        ``prepare(model, scheme, task)`` returns the model to train further, or to finish.
+        ``prepare(model, scheme, task, skip)`` returns the model to train further, or to finish.
         None leaves it in floating point.
     finish : callable
         Turns the trained model into the one that is measured.
@@ -40,7 +40,9 @@ class Arm:
 
     Examples
     --------
-    >>> Arm("late", lambda model, scheme, task: prepare_qat(model, scheme), float_share=0.5).steps(9)
+    >>> late = Arm("late", lambda model, scheme, task, skip: prepare_qat(model, scheme, skip=skip),
+    ...            float_share=0.5)
+    >>> late.steps(9)
     (4, 5)
     """
 
@@ -57,16 +59,21 @@ class Arm:
 
 
 def _with(method: str) -> Prepare:
-    return lambda model, scheme, task: prepare_qat(model, scheme, method)
+    return lambda model, scheme, task, skip: prepare_qat(model, scheme, method, skip=skip)
 
 
-def _gptq(model: nn.Module, scheme: QuantScheme, task: Task) -> nn.Module:
+def _gptq(model: nn.Module, scheme: QuantScheme, task: Task, skip: Sequence[str]) -> nn.Module:
     torch.manual_seed(0)  # which batches calibrate
-    return gptq(model, scheme, task.train, progress=False)
+    return gptq(model, scheme, task.train, skip=skip, progress=False)
 
 
 def lora(
-    model: nn.Module, scheme: QuantScheme, task: Task | None = None, *, rank: int = 8
+    model: nn.Module,
+    scheme: QuantScheme,
+    task: Task | None = None,
+    skip: Sequence[str] = (),
+    *,
+    rank: int = 8,
 ) -> nn.Module:
     """Prepare a model, freeze it, and add low-rank adapters inside its fake quantization.
 
@@ -79,6 +86,8 @@ def lora(
     scheme : QuantScheme
     task : Task, optional
         Not used; it makes the signature that of `Arm.prepare`.
+    skip : sequence of str
+        As in `prepare_qat`.
     rank : int
         Columns of B.
 
@@ -93,7 +102,7 @@ def lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    prepared = prepare_qat(model, scheme)
+    prepared = prepare_qat(model, scheme, skip=skip)
     targets = [f"{name}.weight" for name in prepared.quantization.layers]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=targets)
     with warnings.catch_warnings():  # peft reads a property that transformers has renamed
@@ -113,10 +122,10 @@ ARMS: dict[str, Arm] = {
         Arm("absmax-torchao-gradient", _with("absmax-torchao-gradient")),
         Arm("mse", _with("mse")),
         Arm("lsq", _with("lsq")),
-        Arm("delayed", _with("absmax"), float_share=0.25),
-        Arm("distilled", _with("absmax"), float_share=0.25, distil=True),
-        Arm("lora", lora, lambda model: convert(model.merge_and_unload()), float_share=0.25),
-        Arm("default", _with("lsq"), float_share=0.25, distil=True),
+        Arm("delayed", _with("absmax"), float_share=0.75),
+        Arm("distilled", _with("absmax"), float_share=0.75, distil=True),
+        Arm("lora", lora, lambda model: convert(model.merge_and_unload()), float_share=0.75),
+        Arm("default", _with("lsq"), float_share=0.75, distil=True),
     )
 }
 """The methods that `compare` knows by name."""

@@ -18,8 +18,8 @@ def model_bytes(model: nn.Module) -> int:
     """Size of the whole file that a model is saved to, in bytes.
 
     The state is written as safetensors in memory and counted. Layers of
-    ``torch.ao.nn.quantized`` are opened: their integers, scales and zero points count. Tensors
-    that layers share count once.
+    ``torch.ao.nn.quantized`` and torchao's tensors are opened: their integers, scales and zero
+    points count. Tensors that layers share count once.
 
     Parameters
     ----------
@@ -37,7 +37,8 @@ def model_bytes(model: nn.Module) -> int:
     """
     once = {}  # tied tensors stand in a file once
     for name, tensor in model.state_dict().items():
-        shared = isinstance(tensor, Tensor) and not tensor.is_quantized and tensor.numel()
+        plain = isinstance(tensor, Tensor) and not hasattr(tensor, "__tensor_flatten__")
+        shared = plain and not tensor.is_quantized and tensor.numel()
         once.setdefault((tensor.data_ptr(), tensor.shape) if shared else name, (name, tensor))
     return len(to_safetensors(dict(_plain_tensors("", dict(once.values())))))
 
@@ -46,7 +47,10 @@ def _plain_tensors(name: str, value: Any) -> Iterable[tuple[str, Tensor]]:
     """Flatten nested state to ordinary tensors, opening packed and quantized ones."""
     if isinstance(value, torch.ScriptObject):
         value = value.__getstate__()
-    if isinstance(value, Tensor) and value.is_quantized:
+    if hasattr(value, "__tensor_flatten__"):  # a tensor made of others, as torchao's are
+        for part in value.__tensor_flatten__()[0]:
+            yield from _plain_tensors(f"{name}.{part}", getattr(value, part))
+    elif isinstance(value, Tensor) and value.is_quantized:
         if value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
             scale, zero_point = value.q_per_channel_scales(), value.q_per_channel_zero_points()
         else:

@@ -73,6 +73,7 @@ def compare(
     seeds: int = 3,
     rates: Sequence[float] | Mapping[str, float] = RATES,
     tuning_steps: int | None = None,
+    skip: Sequence[str] = (),
     log: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -94,12 +95,15 @@ def compare(
     steps : int
         Optimizer steps of every arm, those in floating point included.
     seeds : int
-        Runs of every arm, each with an order of the data of its own.
+        Runs of every arm, each with an order of the data of its own. With 0 only the trials of
+        the rates are run, and the test split is not looked at.
     rates : sequence of float, or dict of str to float
         Learning rates to try (a single one is taken as it is), or one rate for each method and scheme by the names that
         ``table.attrs["rates"]`` of an earlier comparison has.
     tuning_steps : int, optional
-        Length of a trial; default: a quarter of `steps`.
+        Length of a trial; default: all `steps`. Shorter trials favour higher rates.
+    skip : sequence of str
+        Layers that stay in floating point, as in `prepare_qat`.
     log : path, optional
         JSON file that receives every finished run; the same call goes on from it.
     progress : bool
@@ -127,7 +131,7 @@ def compare(
     True
     """
     arms = [NEAREST, *(_arm(method) for method in methods if method != NEAREST.name)]
-    study = _Study(model, task, steps, Log(log), progress)
+    study = _Study(model, task, steps, tuple(skip), Log(log), progress)
     tuned = [arm for arm in arms if arm.float_share < 1]
     chosen = dict(rates) if isinstance(rates, Mapping) else {}
     wanted = [(FLOAT, None)] + [(arm, scheme) for arm in tuned for scheme in schemes]
@@ -139,7 +143,7 @@ def compare(
         if not chosen:
             for arm, scheme in wanted:
                 chosen[_key(arm, scheme)] = study.tune(
-                    arm, scheme, rates, tuning_steps or max(1, steps // 4), chosen
+                    arm, scheme, rates, tuning_steps or steps, chosen
                 )
         runs = []
         for seed in range(seeds):
@@ -153,13 +157,13 @@ def compare(
 class _Study:
     """The runs of one comparison: each is done once, and found again in the log."""
 
-    def __init__(self, model, task, steps: int, log: Log, progress: bool) -> None:
+    def __init__(self, model, task, steps: int, skip: tuple, log: Log, progress: bool) -> None:
         self.task = load_task(task) if isinstance(task, str) else task
         self.name = model if isinstance(model, str) else type(model).__name__
         self.start = load_pretrained(model) if isinstance(model, str) else model
-        self.steps, self.log, self.progress = steps, log, progress
+        self.steps, self.skip, self.log, self.progress = steps, skip, log, progress
         self.bar: tqdm | None = None
-        self.fingerprint = _fingerprint(self.start)
+        self.fingerprint = f"{_fingerprint(self.start)} {' '.join(self.skip)}".strip()
         self.floats: dict[tuple, nn.Module] = {}  # float phases that several arms share
 
     def tune(self, arm: Arm, scheme, rates: Sequence[float], steps: int, chosen: dict) -> float:
@@ -168,7 +172,6 @@ class _Study:
         for rate in rates:
             found[rate] = self._get(arm, scheme, TUNING_SEED, steps, rate, chosen, test=False)
             self.bar.update()
-        self.floats.clear()
         return min(found, key=lambda rate: found[rate]["validation_loss"])
 
     def run(self, arm: Arm, scheme, seed: int, chosen: dict) -> dict:
@@ -196,7 +199,7 @@ class _Study:
         history = None
         if arm.prepare is not None:
             teacher = model
-            model = arm.prepare(model, scheme, self.task)
+            model = arm.prepare(model, scheme, self.task, self.skip)
             if rest:
                 loss_fn = distillation_loss(teacher) if arm.distil else default_loss
                 history = self._fit(model, stream[first:], rate, seed, loss_fn)
@@ -225,7 +228,7 @@ class _Study:
         return share + (1 - share) * self.log.get(key, lambda: self._step_ratio(arm, scheme))
 
     def _step_ratio(self, arm: Arm, scheme) -> float:
-        models = [copy.deepcopy(self.start), arm.prepare(self.start, scheme, self.task)]
+        models = [copy.deepcopy(self.start), arm.prepare(self.start, scheme, self.task, self.skip)]
         losses = [default_loss, distillation_loss(self.start) if arm.distil else default_loss]
         stream = batches(self.task.train, 6, TUNING_SEED)
         seconds: tuple[list, list] = ([], [])

@@ -150,7 +150,7 @@ def tabulate(runs: Sequence[dict]) -> pd.DataFrame:
     cells: dict[tuple[str, str], list[dict]] = {}
     for run in runs:
         cells.setdefault((run["scheme"], run["method"]), []).append(run)
-    control = Losses(cells["float", "float"])
+    control = Losses(cells["float", "float"]) if cells else None
     rows = {}
     for (scheme, method), found in cells.items():
         if method == "float":
@@ -172,7 +172,7 @@ def tabulate(runs: Sequence[dict]) -> pd.DataFrame:
             "cost": found[0]["cost"],
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index.names = ["scheme", "method"]
+    table.index = pd.MultiIndex.from_tuples(rows, names=["scheme", "method"])
     table.attrs["runs"] = list(runs)
     return table
 

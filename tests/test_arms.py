@@ -24,7 +24,7 @@ def test_every_arm_ends_in_packed_integers(name, task):
     torch.manual_seed(0)
     arm = ARMS[name]
     assert arm.name == name
-    model = arm.finish(arm.prepare(load_pretrained("docs-lm"), W4, task))
+    model = arm.finish(arm.prepare(load_pretrained("docs-lm"), W4, task, ()))
     assert sum(isinstance(module, Packed) for module in model.modules()) == 28
     assert not any(isinstance(module, FakeQuantLinear) for module in model.modules())
 

@@ -155,6 +155,7 @@ def test_every_module_has_its_test_file():
             "eager",
             "exercises",
             "exercises_language",
+            "task",
         ):
             assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), path.stem
 

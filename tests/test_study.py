@@ -22,7 +22,7 @@ def model() -> nn.Module:
 def spy(seen: list, **kwargs) -> Arm:
     """An arm that notes the batches it trains on."""
 
-    def prepare(model, scheme, task):
+    def prepare(model, scheme, task, skip):
         prepared = prepare_qat(model, scheme)
         prepared[0].register_forward_pre_hook(
             lambda module, inputs: seen.append(float(inputs[0].sum())) if module.training else None
@@ -79,7 +79,7 @@ def test_goes_on_after_an_interruption(tmp_path, monkeypatch):
     log = tmp_path / "log.json"
     whole = compare(model(), "digits-5-9", [SCHEME], ["absmax"], **QUICK)
 
-    def broken(model, scheme, task):
+    def broken(model, scheme, task, skip):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(ARMS, "absmax", Arm("absmax", broken))
