@@ -37,7 +37,7 @@ def train(
     """Fine-tune from the shipped weights, float or under fake quantization."""
     model = load_pretrained("docs-lm")
     if scheme is not None:
-        model = prepare_qat(model, scheme)
+        model = prepare_qat(model, scheme, "absmax")
     history = fit(
         model,
         task.train,
@@ -100,7 +100,7 @@ def measure(names: list[str], seeds: int, steps: int, tuning_steps: int, log: Lo
         model, history = train(None, chosen["float"], seed, steps, task)
         found = [record("control", "float", seed, chosen["float"], history, model, task)]
         for name in names:  # that control, rounded to nearest
-            rounded = convert(prepare_qat(model, SCHEMES[name]))
+            rounded = convert(prepare_qat(model, SCHEMES[name], "absmax"))
             found.append(record("ptq", name, seed, chosen["float"], history, rounded, task))
         return found
 

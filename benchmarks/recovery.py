@@ -145,6 +145,15 @@ def records(runs: list[dict]) -> list[dict]:
     return lines
 
 
+def write(runs: list[dict], **settings) -> None:
+    """Write what is finished: each stage is complete in itself."""
+    log = json.loads(LOG.read_text())
+    trials = [run for key, run in log.items() if key.endswith("validation")]
+    screened = json.loads((RESULTS / "levers.json").read_text())["records"]
+    more = {"runs": runs, "levers": screened + trials}
+    print(write_results("recovery", records(runs), more, **settings), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -153,17 +162,13 @@ def main() -> None:
     task = load_task("language-reference", batch_size=4)
     rates = tune(task, args.steps)
     runs = docs_lm(task, GROUPED, args.seeds, args.steps, rates)
+    write(runs, **vars(args))
     runs += minilm(args.seeds)
+    write(runs, **vars(args))
     by_row = docs_lm(task, ROWS, args.seeds, args.steps, rates)
     runs += [run for run in by_row if run["method"] != "float"]
     screen(task)
-    log = json.loads(LOG.read_text())
-    levers = [run for key, run in log.items() if key.endswith("validation")]
-    screened = json.loads((RESULTS / "levers.json").read_text())["records"]
-    path = write_results(
-        "recovery", records(runs), {"runs": runs, "levers": screened + levers}, **vars(args)
-    )
-    print(path)
+    write(runs, **vars(args))
     LOG.unlink()
 
 

@@ -65,7 +65,7 @@ def measure(rounds: int) -> list[dict]:
         scheme = QuantScheme(4, 32, activations=Activations(8, "token") if activations else None)
         arms = {
             "float": model,
-            "companion": prepare_qat(model, scheme),
+            "companion": prepare_qat(model, scheme, "absmax"),
             "torchao": prepare_torchao(model, activations),
         }
         x = torch.randn(tokens, width, requires_grad=True)

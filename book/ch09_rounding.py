@@ -62,7 +62,7 @@ from companion import (
 from companion.check import check
 from companion.integers import to_groups
 from companion.language import as_perplexity, document_losses, loss_difference
-from companion.methods import fake_quantize_activations
+from companion.activations import fake_quantize_activations
 from companion.plots import bars, curves, heatmap
 from companion.sources import MINILM, find, load_tokenizer
 
@@ -146,7 +146,7 @@ print("by one at most:", (in_half.int() - integers.int()).abs().max().item() == 
 # does not.
 
 # %%
-prepared = prepare_qat(model, W4)
+prepared = prepare_qat(model, W4, "absmax")
 converted = convert(prepared)
 print(prepared.quantization)
 
@@ -193,7 +193,7 @@ WIDTHS, SIZES = (8, 4, 3, 2), (32, 64, 128, None)
 
 def rounded(scheme, **options):
     """Losses on the test documents, after rounding to nearest."""
-    return document_losses(prepare_qat(model, scheme, **options), task.test)
+    return document_losses(prepare_qat(model, scheme, "absmax", **options), task.test)
 
 
 losses = {(b, g): rounded(QuantScheme(b, g)) for b in WIDTHS for g in SIZES}
@@ -293,7 +293,8 @@ before = document_losses(model, sample).mean
 def hurt(layers):
     """Loss added by rounding these layers to two bits, in thousandths of a nat."""
     others = [n for n in linears if n not in layers]
-    return 1000 * (document_losses(prepare_qat(model, W2, skip=others), sample).mean - before)
+    rounded = prepare_qat(model, W2, "absmax", skip=others)
+    return 1000 * (document_losses(rounded, sample).mean - before)
 
 
 alone = {n: hurt([n]) for n in linears}
@@ -518,8 +519,8 @@ def apart(y, reference):
 
 n = "model.layers.2.mlp.down_proj"
 with torch.no_grad():
-    simulated = prepare_qat(model, W8A8).get_submodule(n)
-    kernel = convert(prepare_qat(model, W8A8)).get_submodule(n)
+    simulated = prepare_qat(model, W8A8, "absmax").get_submodule(n)
+    kernel = convert(prepare_qat(model, W8A8, "absmax")).get_submodule(n)
     print("kernel = simulation:", apart(kernel(x), simulated(x)) < 1e-5)
     alone_or_not = apart(kernel(x[:1])[0], kernel(x)[0])
     rounding = apart(kernel(x)[0], model.get_submodule(n)(x)[0])
@@ -601,8 +602,8 @@ def weigh(model):
 
 
 float_bytes = Path(find("docs-lm")[0], "model.safetensors").stat().st_size  # where it came from
-converted_all = convert(prepare_qat(model, W4, embeddings=True))
-converted_all_2 = convert(prepare_qat(model, W2, embeddings=True))
+converted_all = convert(prepare_qat(model, W4, "absmax", embeddings=True))
+converted_all_2 = convert(prepare_qat(model, W2, "absmax", embeddings=True))
 files = {"float": float_bytes, "W4": weigh(converted)}
 files["W4, embedding too"] = weigh(converted_all)
 files["W2, embedding too"] = weigh(converted_all_2)
@@ -709,7 +710,7 @@ check("ch09-pack", two_in_a_byte)
 # %% [markdown]
 # ## What we saw
 #
-# - Rounding by hand, `convert(prepare_qat(model, W4))` and torch's operator on the grouped view
+# - Rounding by hand, `convert(prepare_qat(model, W4, "absmax"))` and torch's operator on the grouped view
 #   give the same values. Scales in float16 cost half a bit per weight at groups of 32 and move hardly
 #   any integer.
 # - Eight bits cost this model next to nothing, four bits little, and from there each bit costs

@@ -153,11 +153,12 @@ print("all of them the largest of their group:", largest[clipped].all().item())
 
 # %% [markdown]
 # Now the same layer from the companion. `prepare_qat` returns a copy of the model in which
-# `Linear` layers have become `FakeQuantLinear`. The same input and the same upstream gradient for
-# both:
+# `Linear` layers have become `FakeQuantLinear`. How the range of the grid is chosen is its third
+# argument: `"absmax"`, as above. (Left out, it is the default that [](ch11) arrives at, after
+# comparing.) The same input and the same upstream gradient for both:
 
 # %%
-qat = prepare_qat(start, W2)
+qat = prepare_qat(start, W2, "absmax")
 prepared = qat.model.layers[0].mlp.down_proj
 x = torch.randn(64, 512, generator=generator, dtype=torch.double).float()  # (tokens, in)
 upstream = torch.randn(64, 256, generator=generator, dtype=torch.double).float()  # (tokens, out)
@@ -265,7 +266,7 @@ control = load_pretrained("docs-lm")
 control_history = fine_tune(control, rates["float"])
 
 # %%
-qat = prepare_qat(start, W2)
+qat = prepare_qat(start, W2, "absmax")
 qat_history = fine_tune(qat, rates["W2"])
 
 # %% mystnb={"image": {"alt": "Training loss over sixty steps. The two curves rise and fall together batch by batch while both go down; the two-bit model begins well above the float one and ends a little above it."}}
@@ -281,7 +282,7 @@ curves(
 
 # %%
 def round_to_nearest(model, scheme=W2):
-    return convert(prepare_qat(model, scheme))
+    return convert(prepare_qat(model, scheme, "absmax"))
 
 
 arms = {
@@ -440,7 +441,7 @@ scheme = QuantScheme(weight_bits=2, group_size=32, scale_dtype=torch.float32)
 config = IntxWeightOnlyConfig(weight_dtype=torch.int2, granularity=PerGroup(32))
 theirs = load_pretrained("docs-lm")
 quantize_(theirs, QATConfig(config, step="prepare"), filter_fn=without_head)
-ours = prepare_qat(start, scheme)
+ours = prepare_qat(start, scheme, "absmax")
 with torch.no_grad():
     print("same logits:", torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits))
 
@@ -599,7 +600,7 @@ def agreement(model):
 with torch.no_grad():
     target = embed(minilm, held_out)
 skip = ["pooler"]  # a layer that sentence vectors do not pass through
-rounded_only = {bits: agreement(prepare_qat(minilm, scheme, skip=skip))
+rounded_only = {bits: agreement(prepare_qat(minilm, scheme, "absmax", skip=skip))
                 for bits, scheme in {4: W4, 2: W2}.items()}  # fmt: skip
 
 # %% [markdown]
@@ -610,7 +611,7 @@ rounded_only = {bits: agreement(prepare_qat(minilm, scheme, skip=skip))
 # documents.
 
 # %%
-tiny = prepare_qat(minilm, W2, skip=skip).eval()
+tiny = prepare_qat(minilm, W2, "absmax", skip=skip).eval()
 descent = torch.optim.AdamW(tiny.parameters(), lr=2e-4)
 for step in range(30):
     batch = learn[16 * step : 16 * (step + 1)]

@@ -102,7 +102,7 @@ def lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    prepared = prepare_qat(model, scheme, skip=skip)
+    prepared = prepare_qat(model, scheme, "mse", skip=skip)
     targets = [f"{name}.weight" for name in prepared.quantization.layers]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=targets)
     with warnings.catch_warnings():  # peft reads a property that transformers has renamed

@@ -217,8 +217,10 @@ def best_ratio(groups: Tensor, scheme: QuantScheme) -> Tensor:
     absmax = choose_scale(groups, scheme.weight_bits)[0]
     best = torch.ones_like(absmax)
     smallest = torch.full_like(absmax, torch.inf)
+    # Eight-bit kernels expect positive scales, and one integer of 256 is not worth a sign.
+    signs = (1,) if scheme.weight_bits == 8 else (1, -1)
     for ratio in _RATIOS:
-        for signed in (ratio, -ratio):
+        for signed in (ratio * sign for sign in signs):
             scale = (absmax * signed).to(scheme.scale_dtype)
             error = (fake_quantize(groups, scale, bits=scheme.weight_bits) - groups).square_()
             error = error.sum(-1, keepdim=True)

@@ -1,6 +1,6 @@
 """Post-training baselines: what can be had from calibration alone, without a training loop.
 
-Rounding to nearest is ``convert(prepare_qat(model, scheme))``, with method "mse" for a searched
+Rounding to nearest is ``convert(prepare_qat(model, scheme, "absmax"))``, with method "mse" for a searched
 range; `smooth` shares outliers with the weights first; here is the one that looks at data while
 it rounds. Floor 7 of the house. Built in chapter 11.
 """

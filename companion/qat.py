@@ -46,7 +46,7 @@ _FAKE = {"Linear": FakeQuantLinear, "Conv1D": FakeQuantConv1D, "Embedding": Fake
 def prepare_qat(
     model: nn.Module,
     scheme: QuantScheme,
-    method: str | type[Absmax] = "absmax",
+    method: str | type[Absmax] = "lsq",
     *,
     skip: Iterable[str] = (),
     embeddings: bool = False,
@@ -90,7 +90,7 @@ def prepare_qat(
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     >>> qat = prepare_qat(model, W4, skip=["2"])
     >>> print(qat.quantization)
-    1 layers quantized (4 bits, group size 32, absmax); 1 stay in floating point:
+    1 layers quantized (4 bits, group size 32, lsq); 1 stay in floating point:
       2: skipped by '2'
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -220,7 +220,7 @@ def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Mod
 
 def _check_finite(name: str, layer: nn.Module) -> None:
     _, scale = layer.quantizer.integers(layer.matrix)
-    if not scale.isfinite().all():
+    if not (scale.isfinite().all() and layer.weight.isfinite().all()):
         raise SchemeError(
             f"the weights of {name} are too large for {scale.dtype} scales, or not finite: check "
             "the model, or choose scale_dtype=torch.float32"

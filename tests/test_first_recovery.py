@@ -70,7 +70,7 @@ def test_a_small_cell_run_again_shows_the_same():
     rates = {r["scheme"]: r["lr"] for r in RECORDS if r["arm"] in ("control", "qat")}
     control, _ = train(None, rates["float"], seed=0, steps=30, task=task)
     qat, _ = train(W2, rates["W2"], seed=0, steps=30, task=task)
-    rounded = convert(prepare_qat(control, W2))
+    rounded = convert(prepare_qat(control, W2, "absmax"))
     found = recovery(*(document_losses(m, task.test) for m in (control, rounded, convert(qat))))
     assert found.damage.low > 0.1
     assert found.share.low > 0.4

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion import QuantScheme, choose_scale, convert, dequantize, fake_quantize, prepare_qat
+from companion import (
+    QuantScheme,
+    choose_scale,
+    convert,
+    dequantize,
+    fake_quantize,
+    fit,
+    prepare_qat,
+)
 from companion.errors import SchemeError
 from companion.integers import to_groups
 from companion.methods import METHODS, Absmax, LearnedStepSize, best_ratio, make_quantizer
@@ -161,6 +169,22 @@ def test_tied_embedding_shares_its_range(method):
     ids = torch.tensor([[1, 7, 7, 3]])
     assert torch.equal(qat.embed(ids), qat.embed.quantizer(qat.embed.weight)[ids])
     assert torch.equal(convert(qat)(ids), qat.eval()(ids))
+
+
+def test_a_group_of_zeros_survives_search_and_training():
+    layer = torch.nn.Linear(32, 4, bias=False)
+    layer.weight.data[0] = 0
+    qat = prepare_qat(torch.nn.Sequential(layer), QuantScheme(2, 16))
+    x = random(8, 16, 32)
+    fit(qat, [(x, torch.arange(16) % 4)], steps=20, lr=1e-2, progress=False)
+    assert all(value.isfinite().all() for value in qat.state_dict().values())
+    assert convert(qat)(x).isfinite().all()
+
+
+def test_eight_bits_keep_positive_scales_for_their_kernels():
+    weight = random(9, 16, 64)
+    assert (best_ratio(to_groups(weight, 32), QuantScheme(8)) > 0).all()
+    assert (best_ratio(to_groups(weight, 32), QuantScheme(4)) < 0).any()
 
 
 def test_a_method_of_ones_own():

@@ -62,7 +62,11 @@ def scheme(bits, size, activations) -> QuantScheme:
 
 @pytest.mark.parametrize("case", [p.values for p in CASES], ids=[p.id for p in CASES])
 def test_prepared_and_converted_are_equal(case):
-    theirs, ours, x = prepared_by_torchao(*case), prepare_qat(model(), scheme(*case)), inputs()
+    theirs, ours, x = (
+        prepared_by_torchao(*case),
+        prepare_qat(model(), scheme(*case), "absmax"),
+        inputs(),
+    )
     expected = theirs(x)
     assert torch.equal(ours(x), expected)
     quantize_(theirs, QATConfig(base(*case), step="convert"))
@@ -95,7 +99,7 @@ def test_torchao_stops_the_gradient_at_both_ends_and_ours_beyond_them(bits, size
     case = (bits, size, None)
     layer = model()[0]
     theirs = gradients(prepared_by_torchao(*case))[0]
-    ours = gradients(prepare_qat(model(), scheme(*case)))[0]
+    ours = gradients(prepare_qat(model(), scheme(*case), "absmax"))[0]
     through = gradients_through(layer, scheme(*case))
     qmin, qmax = scheme(*case).integers
     groups = to_groups(layer.weight.detach(), size)
@@ -115,7 +119,7 @@ def test_torchao_stops_the_gradient_at_both_ends_and_ours_beyond_them(bits, size
 
 def gradients_through(layer: nn.Linear, form: QuantScheme) -> torch.Tensor:
     """The gradient with respect to the rounded weight itself: no straight-through rule."""
-    net = copy.deepcopy(convert(prepare_qat(model(), form)))
+    net = copy.deepcopy(convert(prepare_qat(model(), form, "absmax")))
     weight = net[0].weight.requires_grad_()
     y = net[2](torch.relu(nn.functional.linear(inputs(), weight)))
     return torch.autograd.grad(y.square().sum(), weight)[0]

@@ -1,0 +1,453 @@
+# %% [markdown]
+# (ch11)=
+# # The methods
+#
+# :::{epigraph}
+# In the workshop behind the palace four masters quarrelled over the Woodman's new joints. The first
+# cut each to its longest bolt. The second tried every length and kept the best fit. The third
+# filed while the Woodman walked. The fourth did not look at the joints at all: she had the old
+# Woodman walk in front and said, "Step as he steps." Dorothy asked who was right. "That," said the
+# Wizard, "one finds out by letting them all work for the same hour."
+# :::
+#
+# [](ch10) trained with the simplest range there is: the largest weight of a group sits at the end
+# of the grid. At three bits that was not good enough. Here are the other ways of choosing a range,
+# what a model can imitate instead of labels, and what can be had without training at all. Then
+# all of them work for the same hour.
+#
+# **What you will learn**
+#
+# - how a range is searched, and how it is learned: MSE clipping and learned step size, each by
+#   hand, with the companion, and with PyTorch;
+# - why it matters where a learned scale starts and how fast it moves;
+# - distillation, delayed start and LoRA, in a line each;
+# - the strongest opponents that need no training: GPTQ, and SmoothQuant for activations;
+# - what each of them recovers at equal cost, and which of them is the companion's default.
+#
+# *Running time: about two minutes on two cores.*
+
+# %%
+import json
+import logging
+import warnings
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from myst_nb import glue
+from torch import nn
+from torch.nn import functional as F
+
+from companion import (
+    W2,
+    W3,
+    W4,
+    Activations,
+    Estimate,
+    QuantScheme,
+    choose_scale,
+    compare,
+    convert,
+    fit,
+    load_pretrained,
+    load_task,
+    prepare_qat,
+)
+from companion.arms import ARMS, lora
+from companion.check import check
+from companion.integers import to_groups
+from companion.language import document_losses
+from companion.losses import distillation_loss
+from companion.methods import LearnedStepSize, best_ratio, make_quantizer
+from companion.plots import bars, curves, estimates_by_bits, scatter
+from companion.ptq import gptq, round_with_compensation
+from companion.smooth import smooth
+from companion.tables import tabulate
+
+warnings.filterwarnings("ignore")
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+generator = torch.Generator().manual_seed(0)
+start = load_pretrained("docs-lm")
+weight = start.model.layers[0].mlp.down_proj.weight.detach()  # (out, in)
+groups = to_groups(weight, 32)  # (out, groups, 32)
+print(tuple(weight.shape), "->", tuple(groups.shape))
+
+# %% [markdown]
+# ## A range that is searched
+#
+# The largest weight of a group is often alone out there. To reach it, the steps become wide for
+# the other thirty-one. Let it be clipped, and everybody else gets finer steps. How much to clip
+# can be tried out: among a list of candidates, take the scale with the smallest squared error,
+#
+# $$ s^\star = \arg\min_{s} \sum_i \big(w_i - s \cdot \operatorname{clip}(\operatorname{round}(w_i / s),
+# q_{\min}, q_{\max})\big)^2 . $$
+
+# %%
+scheme = QuantScheme(weight_bits=2, group_size=32, scale_dtype=torch.float32)
+qmin, qmax = scheme.integers
+absmax, _ = choose_scale(groups, bits=2)  # (out, groups, 1)
+
+
+def squared_error(scale):
+    steps = torch.round(groups * (1 / scale)).clamp(qmin, qmax)
+    return (steps * scale - groups).square().sum(-1, keepdim=True)  # (out, groups, 1)
+
+
+ratios = torch.arange(1.1, 0.24, -0.025)  # of the absmax scale
+errors = torch.stack([squared_error(absmax * r) for r in ratios])
+clipped = errors.amin(0).sum() / squared_error(absmax).sum()
+print(f"squared error left by the search: {clipped:.0%} of absmax's")
+
+# %% [markdown]
+# ### The spare integer
+#
+# Two's complement has one integer more below zero than above: at two bits -2, -1, 0, 1. On the
+# right side of zero the grid has one point, on the left it has two. Which side needs the second
+# depends on the group, and nothing forbids a *negative* scale, which turns the grid around. The
+# format stores a signed number anyway; llama.cpp's four-bit blocks have done so for years. The
+# search tries both signs.
+
+# %%
+turned = torch.stack([squared_error(absmax * -r) for r in ratios])
+both = torch.minimum(errors.amin(0), turned.amin(0))
+print(f"with both signs: {both.sum() / squared_error(absmax).sum():.0%}")
+print(f"groups that turn around: {(turned.amin(0) < errors.amin(0)).float().mean():.0%}")
+
+# %% mystnb={"image": {"alt": "Squared error of one group of weights against the scale, as a share of the absmax scale, for both signs. The absmax scale, at one, is far from the best; the smallest error lies near one half to three quarters, and one sign does better than the other."}}
+one = (0, 3)  # a group of the first row
+curves(
+    {sign: e[:, *one, 0].tolist() for sign, e in (("positive", errors), ("negative", turned))},
+    x=ratios.tolist(), xlabel="scale, as a share of the absmax scale", ylabel="squared error",
+)  # fmt: skip
+
+# %% [markdown]
+# The companion's search is `best_ratio`, and a model whose ranges were searched is prepared with
+# `method="mse"`. Its scales follow the weights as they train: the ratio stays, the largest weight
+# moves.
+
+# %%
+ratio = best_ratio(groups, scheme)
+print("same error:", torch.allclose(squared_error(absmax * ratio), both))
+few = list(islice(load_task("language-reference").validation, 1))  # 16 windows
+
+
+def loss(model):
+    return document_losses(model, few).mean  # nats per token
+
+
+# %%
+damage = {}
+for name, bits in (("4 bits", W4), ("3 bits", W3), ("2 bits", W2)):
+    damage[name] = [loss(prepare_qat(start, bits, m)) - loss(start) for m in ("absmax", "mse")]
+    print(f"{name}: the search leaves less than 3/4 of the damage:",
+          damage[name][1] < 0.75 * damage[name][0])  # fmt: skip
+
+# %% [markdown]
+# No data, no training, and the file has as many bytes as before.
+#
+# **When to choose it.** Whenever you round. It is the range that everything below starts from.
+#
+# ## A range that is learned
+#
+# Squared error of the weights is not the loss of the model. Let the loss decide: make the scale a
+# parameter. That needs a gradient for it. Esser et al. {cite}`esser2020` differentiate
+# $\hat w = s \cdot \operatorname{clip}(\operatorname{round}(w / s))$ with the rounding passed
+# straight through, and find
+#
+# $$ \frac{\partial \hat w}{\partial s} = \begin{cases}
+# \operatorname{round}(w / s) - w / s & \text{inside the range,} \\
+# q_{\min} \text{ or } q_{\max} & \text{clipped there.} \end{cases} $$
+#
+# A clipped weight pulls with the whole end of the grid; one inside pulls by its rounding error,
+# at most half a step. All of a group are summed, so they scale the sum by
+# $g = 1 / \sqrt{n\, q_{\max}}$, with $n$ weights in the group.
+
+
+# %%
+def slope(w, s):
+    position = w * (1 / s)
+    steps = torch.round(position).clamp(qmin, qmax)
+    inside = torch.round(position) == steps
+    return torch.where(inside, steps - position, steps)
+
+
+w = torch.linspace(-4, 4, 401)
+
+# %% mystnb={"image": {"alt": "Gradient of the rounded weight with respect to the scale, against the weight in steps. Inside the range it is a sawtooth between minus one half and one half; below it is constant at minus two, above constant at one."}}
+curves({"slope": slope(w, torch.tensor(1.0)).tolist()}, x=w.tolist(),
+       xlabel="weight, in steps of the grid", ylabel="gradient for the scale")  # fmt: skip
+
+# %% [markdown]
+# By hand, from the companion's `LearnedStepSize`, and from an operator that PyTorch keeps for this
+# purpose. It takes positive scales only, so all three get those of absmax.
+
+# %%
+upstream = torch.randn(groups.shape, generator=generator, dtype=torch.double).float()
+g = (32 * qmax) ** -0.5
+by_hand = (upstream * slope(groups, absmax)).sum(-1, keepdim=True) * g  # (out, groups, 1)
+
+quantizer = LearnedStepSize(scheme)
+quantizer.start_at(absmax)
+rounded = quantizer(weight)
+rounded.backward(upstream.view_as(weight))
+ours = quantizer.step.grad / absmax  # the parameter is the scale over its first value
+
+# %%
+flat = groups.reshape(-1, 32)
+s = absmax.reshape(-1).clone().requires_grad_()
+theirs = torch._fake_quantize_learnable_per_channel_affine(
+    flat, s, torch.zeros_like(s), 0, qmin, qmax, g
+)
+theirs.backward(upstream.view_as(flat))
+print("same values as PyTorch:", torch.equal(rounded.view_as(flat), theirs))
+print("same gradient by hand: ", torch.allclose(ours, by_hand, rtol=1e-4, atol=1e-5))
+print("same gradient, PyTorch:", torch.allclose(ours.view(-1), s.grad, rtol=1e-4, atol=1e-5))
+
+# %% [markdown]
+# ### Where it starts, and how fast it moves
+#
+# Two things about learned scales are easily got wrong. The paper starts at twice the mean of
+# $|w|$ over $\sqrt{q_{\max}}$, made for other networks and other optimizers; and it leaves the
+# scale in one optimizer with the weights. Adam moves every parameter by about the learning rate,
+# however small its gradient, and a factor $g$ before the gradient changes nothing at all. A scale
+# is a number like 0.05. A learning rate of 0.001 moves it by two hundredths of itself, in every
+# step, in a direction that a few noisy batches decide.
+#
+# The companion starts at the searched range, and the optimizer sees the scale *divided by its
+# first value*, a number around one: it moves by a thousandth of itself, in every layer alike.
+#
+# To see what that is worth, here is the other way, as a method of our own. `prepare_qat` takes any
+# subclass.
+
+
+# %%
+class Untuned(LearnedStepSize):
+    """The paper's start, the scale itself as the parameter."""
+
+    def start(self, weight):
+        mean = self.groups(weight.detach()).abs().mean(-1, keepdim=True)
+        self.step = nn.Parameter(2 * mean / self.scheme.integers[1] ** 0.5)
+
+    def scale(self, groups, rows=None):
+        return self.step
+
+
+task = load_task("language-reference", batch_size=4)  # 1,024 tokens in a step
+trained = {}
+for name, method in (("absmax", "absmax"), ("untuned", Untuned), ("lsq", "lsq")):
+    model = prepare_qat(start, W3, method)
+    fit(model, task.train, steps=40, lr=1e-3, seed=0)
+    trained[name] = loss(model)
+
+# %% tags=["nbval-ignore-output"]
+for name, value in trained.items():
+    print(f"{name:8} {value:.3f} nats per token")
+
+# %% [markdown]
+# Three bits, the same forty batches. The margin, a hundredth of a nat, was set after a first look.
+
+# %%
+print(
+    "untuned learned scales lose to plain absmax: ", trained["untuned"] > trained["absmax"] + 0.01
+)
+print("the same method, started and paced with care:", trained["lsq"] < trained["untuned"] - 0.01)
+
+# %% [markdown]
+# **When to choose it.** When you train anyway, and the fewer the bits, the more. It adds one number
+# per group to what is trained, and nothing to what is stored.
+#
+# ## Imitation
+#
+# Labels say which token came next in one text. The float model knows more: how probable every
+# other one would have been. {term}`Distillation` lets the rounded model imitate that
+# {cite}`hinton2015`, by the divergence between the two distributions,
+#
+# $$ \mathrm{KL}(p \,\|\, q) = \sum_k p_k\, (\log p_k - \log q_k), \qquad
+# p = \text{float}, \; q = \text{rounded}. $$
+
+# %%
+batch = next(iter(task.train))
+student = prepare_qat(start, W2, "lsq")
+with torch.no_grad():
+    log_p = start(input_ids=batch["input_ids"]).logits.log_softmax(-1)  # (rows, tokens, words)
+    log_q = student(input_ids=batch["input_ids"]).logits.log_softmax(-1)
+    by_hand = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    ours = distillation_loss(start)(student, batch)
+    theirs = nn.KLDivLoss(reduction="batchmean", log_target=True)(
+        log_q.flatten(0, 1), log_p.flatten(0, 1)
+    )
+print("by hand = companion:", torch.allclose(by_hand, ours, rtol=1e-4))
+print("PyTorch = companion:", torch.allclose(theirs, ours, rtol=1e-4))
+
+# %% mystnb={"image": {"alt": "Probability of the five likeliest next tokens at one place in a text, by the float model and by the same model rounded to two bits. The rounded model spreads its probability differently over the same candidates."}} tags=["nbval-ignore-output"]
+from companion.sources import load_tokenizer
+
+tokenizer = load_tokenizer("docs-lm")
+place = (0, 40)  # the forty-first token of the first row
+top = log_p[place].topk(5).indices
+bars(
+    {f"{tokenizer.decode([k])!r} {who}": float(100 * logs[place][k].exp())
+     for k in top.tolist() for who, logs in (("float", log_p), ("2 bits", log_q))},
+    xlabel="probability of the next token (%)",
+)  # fmt: skip
+
+# %% [markdown]
+# In `fit` it is one word, `teacher=`. The teacher is usually the very model that was rounded, once
+# it has been fine-tuned. Those float steps count: whoever compares must give them to the control
+# as well.
+#
+# **When to choose it.** Whenever the float model can be run beside the rounded one; it costs one
+# more forward pass. There is a second gain on small data: a text can be learned by heart, a
+# distribution over four thousand tokens hardly.
+#
+# ## A later start
+#
+# Rounding a model that does not yet know its task makes it learn under a handicap. So train in
+# floating point first and round for the rest: {term}`delayed start`. Found useful with large models
+# too, which are given a tenth of all steps under rounding {cite}`liu2025paretoq`. There is no switch for
+# it, since `prepare_qat` may be called on any model at any time:
+#
+# ```python
+# fit(model, loader, steps=300)                  # in floating point
+# qat = prepare_qat(model, W2)                   # ranges searched on the weights of now
+# fit(qat, loader, steps=100, teacher=model)     # the rest under rounding
+# ```
+#
+# Taken to its end, *all* steps in floating point and none under rounding, this is
+# {term}`post-training quantization`. The companion describes every method as such an `Arm`.
+
+# %%
+for name, arm in ARMS.items():
+    first, rest = arm.steps(400)
+    print(f"{name:24} {first:3} float + {rest:3} rounded {'with a teacher' * arm.distil}")
+
+# %% [markdown]
+# ## Few parameters: LoRA inside the rounding
+#
+# Where there is no memory to train every weight, {term}`LoRA` {cite}`hu2022` freezes them and trains
+# a product of two thin matrices that is added. *Where* it is added decides whether the result can
+# be rounded. After the rounding, $\operatorname{fq}(W)\,x + BA\,x$, the sum lies on no grid, and
+# merging means rounding once more, unpractised. Inside, $\operatorname{fq}(W + BA)\,x$, what is
+# trained is what will be stored. PEFT can adapt a *parameter* instead of a layer, and then does
+# just that.
+
+# %%
+adapted = lora(start, W2)  # rank 8
+trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+print(f"{trainable / start.num_parameters():.1%} of the parameters train")
+fit(adapted, task.train, steps=5, lr=1e-2)
+with torch.no_grad():
+    before = adapted.eval()(input_ids=batch["input_ids"]).logits
+    merged = adapted.merge_and_unload()
+    after = merged(input_ids=batch["input_ids"]).logits
+    stored = convert(merged)(input_ids=batch["input_ids"]).logits
+print("merged, within float rounding:", torch.allclose(before, after, rtol=1e-4, atol=1e-3))
+print("converted = merged:           ", torch.equal(stored, after))
+
+# %% [markdown]
+# **When to choose it.** For lack of memory. It moves less, so expect it to recover less at two bits.
+#
+# ## Without training: GPTQ
+#
+# A fair opponent of training looks at data too. GPTQ {cite}`frantar2023` rounds a weight matrix
+# column by column. With $H$ the mean of $x x^\top$ over the layer's inputs, an error $e_j$ in column
+# $j$ changes the output less if the columns not yet rounded move against it,
+#
+# $$ w_{k} \leftarrow w_{k} - e_j \, \frac{U_{jk}}{U_{jj}}, \qquad k > j, \qquad
+# U^\top U = H^{-1}, $$
+#
+# with $U$ upper triangular. Two columns show it. Their inputs move as one, so what counts is the sum
+# of the two weights, and the second makes up for the first.
+
+# %%
+pair = torch.tensor([[0.6, 0.6]])
+together = torch.tensor([[1.0, 0.999], [0.999, 1.0]])  # H of two inputs that are nearly the same
+U = torch.linalg.cholesky(torch.linalg.inv(together), upper=True)
+first = pair[0, 0].round()  # 1, an error of -0.4
+second = (pair[0, 1] - (pair[0, 0] - first) * U[0, 1] / U[0, 0]).round()
+print("to nearest:", pair.round().tolist(), " with compensation:", [first.item(), second.item()])
+
+# %% [markdown]
+# To the nearest, both go up and the sum of 1.2 becomes 2. With compensation it becomes 1. The
+# companion's `gptq` does this for a whole model, block by block, each on inputs that have passed the
+# rounded blocks before it, with ranges searched as above. What it minimises is the error of a
+# layer's *output*:
+
+# %%
+inputs = {}
+layer = start.model.layers[0].mlp.down_proj
+hook = layer.register_forward_pre_hook(lambda _, args: inputs.update(x=args[0].flatten(0, 1)))
+with torch.no_grad():
+    start(input_ids=batch["input_ids"])
+hook.remove()
+x = inputs["x"]  # (tokens, in)
+H = x.t() @ x / len(x)
+
+
+# %%
+def output_error(rounded):
+    return float(((rounded - weight) @ x.t()).square().mean() / (weight @ x.t()).square().mean())
+
+
+errors = {}
+for bits, form in ((4, W4), (3, W3), (2, W2)):
+    for name in ("absmax", "mse"):
+        errors[f"{bits} bits, {name}"] = output_error(make_quantizer(form, name, weight)(weight))
+    integers, scale = round_with_compensation(weight, H, form)
+    values = (to_groups(integers, 32) * scale[..., None].float()).view_as(weight)
+    errors[f"{bits} bits, gptq"] = output_error(values)
+
+# %% mystnb={"image": {"alt": "Relative error of one layer's output for absmax, searched range and GPTQ at four, three and two bits. At each width GPTQ leaves the smallest error, the searched range the second smallest."}} tags=["nbval-ignore-output"]
+bars({name: 100 * e for name, e in errors.items()}, xlabel="squared error of the output (%)")
+
+# %%
+for bits in (4, 3, 2):
+    nearest, searched, compensated = (
+        errors[f"{bits} bits, {m}"] for m in ("absmax", "mse", "gptq")
+    )
+    print(f"{bits} bits: gptq < mse < absmax:", compensated < searched < nearest)
+
+# %% [markdown]
+# The result of `gptq` is a *prepared* model with its weights on the grid: `convert` it, or train on
+# from there.
+#
+# **When to choose it.** First. It takes a minute and a few batches of text, and it is the bar that
+# training has to clear; rounding to nearest is not.
+#
+# ## Without training: SmoothQuant
+#
+# All of this was about weights. Where activations are rounded as well, one loud channel widens the
+# steps for all others. SmoothQuant {cite}`xiao2023` divides channel $j$ by $f_j$ where it leaves a
+# normalisation, and multiplies column $j$ of the layers that read it, with strength $\alpha$:
+#
+# $$ f_j = \frac{\max |x_j|^{\alpha}}{\max |w_j|^{1 - \alpha}} . $$
+#
+# In floating point nothing changes. Our small model has no loud channel, so we give a layer one.
+
+# %%
+torch.manual_seed(0)
+loud = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 32))
+loud[0].weight.data[5] = 100.0
+loud[1].weight.data[:, 5] /= 100.0
+x = torch.randn(256, 64, generator=generator, dtype=torch.double).float()
+calm = smooth(loud, [(x, None)])
+int8 = QuantScheme(8, None, activations=Activations(8, "tensor"))
+
+
+def error(model):
+    with torch.no_grad():
+        return float((prepare_qat(model, int8)(x) - loud(x)).square().mean())
+
+
+with torch.no_grad():
+    print("loudest channel over the median:", *(
+        f"{name} {m[0](x).abs().amax(0).max() / m[0](x).abs().amax(0).median():.0f}"
+        for name, m in (("before", loud), ("after", calm))))  # fmt: skip
+    print("same function in floating point:", torch.allclose(calm(x), loud(x), atol=1e-4))
+print("error after rounding, less than a twentieth:", error(calm) < error(loud) / 20)
+
+# %% [markdown]
+# **When to choose it.** With 8-bit activations and a model of billions of parameters, where loud
+# channels appear. On docs-lm there are none, and it changes nothing.
