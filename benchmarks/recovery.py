@@ -34,7 +34,7 @@ BITS = (4, 3, 2)
 RATES = (5e-4, 1e-3)
 KIN = {"absmax": "absmax", "lsq": "absmax", "torchao": "absmax", "default": "default"}
 """Whose tuned learning rate an arm takes: arms that round from the first step share absmax's."""
-SCREENING_STEPS = 100
+SCREENING_STEPS, SCREENING_RATES = 100, (1e-3, 3e-3)
 MINILM_STEPS, MINILM_RATE = 100, 3e-4
 LOG = RESULTS / "recovery.unfinished.json"
 
@@ -83,7 +83,7 @@ def screen(task) -> None:
     """Every method at two bits for few steps: trials on validation, kept among the levers."""
     methods = [name for name in ARMS if ARMS[name].float_share < 1]
     compare("docs-lm", task, [QuantScheme(2)], methods, steps=SCREENING_STEPS, seeds=0,
-            rates=RATES, log=LOG)  # fmt: skip
+            rates=SCREENING_RATES, log=LOG)  # fmt: skip
 
 
 def tune(task, steps: int) -> dict[str, float]:
@@ -163,11 +163,11 @@ def main() -> None:
     rates = tune(task, args.steps)
     runs = docs_lm(task, GROUPED, args.seeds, args.steps, rates)
     write(runs, **vars(args))
+    screen(task)
     runs += minilm(args.seeds)
     write(runs, **vars(args))
     by_row = docs_lm(task, ROWS, args.seeds, args.steps, rates)
     runs += [run for run in by_row if run["method"] != "float"]
-    screen(task)
     write(runs, **vars(args))
     LOG.unlink()
 

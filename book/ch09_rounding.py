@@ -59,10 +59,10 @@ from companion import (
     save_quantized,
     unpack,
 )  # fmt: skip
+from companion.activations import fake_quantize_activations
 from companion.check import check
 from companion.integers import to_groups
 from companion.language import as_perplexity, document_losses, loss_difference
-from companion.activations import fake_quantize_activations
 from companion.plots import bars, curves, heatmap
 from companion.sources import MINILM, find, load_tokenizer
 

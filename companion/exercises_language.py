@@ -21,6 +21,21 @@ def _gradient(rounded: Tensor, bits: int, ends: bool) -> Tensor:
     return ((rounded == clipped) & (ends | ~at_end)).float()
 
 
+def _scale_gradient(w: Tensor, s: float, bits: int, upstream: Tensor) -> Tensor:
+    """Gradient of the loss for the scale of one group (Esser et al., equation 3)."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    steps = torch.round(w / s)
+    clipped = steps.clamp(low, high)
+    slope = torch.where(steps == clipped, steps - w / s, clipped)
+    return (upstream * slope).sum() * (len(w) * high) ** -0.5
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Softened Kullback-Leibler divergence, averaged over rows."""
+    p, q = (logits.div(temperature).log_softmax(-1) for logits in (teacher, student))
+    return temperature**2 * torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
 LANGUAGE_MODELS: dict[str, Exercise] = {
     "ch08-perplexity": Exercise(
         lambda probabilities: float(np.exp(-np.mean(np.log(probabilities)))),
@@ -55,6 +70,22 @@ LANGUAGE_MODELS: dict[str, Exercise] = {
             (torch.tensor([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]), 2, False),
             (torch.arange(-10.0, 10.0), 4, True),
             (torch.arange(-10.0, 10.0).view(4, 5), 4, False),
+        ],
+    ),
+    "ch11-lsq": Exercise(
+        _scale_gradient,
+        "round(w / s) - w / s inside the range, its end outside; sum, then 1 / sqrt(n * qmax).",
+        [
+            (torch.tensor([0.3, -1.2, 2.6, -5.0]), 0.5, 3, torch.tensor([1.0, -2.0, 0.5, 3.0])),
+            (torch.linspace(-1, 1, 8), 0.4, 2, torch.ones(8)),
+        ],
+    ),
+    "ch11-distil": Exercise(
+        _divergence,
+        "divide both logits by the temperature; sum p * (log p - log q) over classes, not rows.",
+        [
+            (torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]), 1.0),
+            (torch.tensor([[0.0, 1.0, -1.0]]), torch.tensor([[1.0, 0.0, 2.0]]), 3.0),
         ],
     ),
 }

@@ -8,7 +8,7 @@ from torch import nn
 
 from companion import QuantScheme, compare, prepare_qat
 from companion.arms import ARMS, Arm
-from companion.study import Log
+from companion.study import trial
 
 SCHEME = QuantScheme(2, None)
 QUICK = {"steps": 8, "seeds": 2, "rates": [1e-3], "progress": False}
@@ -103,12 +103,16 @@ def test_another_model_is_not_taken_for_the_logged_one(tmp_path):
     assert first.loc[("W2 row", "nearest"), "loss"] != second.loc[("W2 row", "nearest"), "loss"]
 
 
-def test_log_runs_once_and_survives_without_a_file(tmp_path):
-    calls = []
-    for log in (Log(), Log(tmp_path / "log.json")):
-        assert [log.get("a", lambda: calls.append(1) or 5) for _ in range(2)] == [5, 5]
-    assert len(calls) == 2
-    assert Log(tmp_path / "log.json").results == {"a": 5}
+def test_a_trial_is_the_run_that_tuning_does(tmp_path):
+    log = tmp_path / "log.json"
+    compare(model(), "digits-5-9", [SCHEME], ["delayed"], steps=8, seeds=0, rates=[1e-3, 2e-3],
+            log=log, progress=False)  # fmt: skip
+    alone = trial(model(), "digits-5-9", SCHEME, "delayed", steps=8, rate=1e-3, float_rate=2e-3,
+                  progress=False)  # fmt: skip
+    stored = [run for key, run in json.loads(log.read_text()).items() if "delayed" in key
+              and "validation" in key and run["lr"] == 1e-3]  # fmt: skip
+    assert stored[0]["validation_loss"] == alone["validation_loss"]
+    assert "loss" not in alone
 
 
 def test_unknown_method():
