@@ -1,6 +1,7 @@
 """What each method recovers: float control, post-training and training under rounding, compared.
 
     python -m benchmarks.recovery                (about three hours on two cores)
+    python -m benchmarks.recovery --write        (the seeds finished so far, of an unfinished study)
 
 docs-lm is fine-tuned on the Python language reference, MiniLM on the topics of docstrings. First
 the levers: trials of single settings, seed 100, measured on validation only. The rates found
@@ -145,6 +146,17 @@ def records(runs: list[dict]) -> list[dict]:
     return lines
 
 
+def finished() -> list[dict]:
+    """Runs in the log of those seeds for which a granularity of docs-lm is complete."""
+    log = json.loads(LOG.read_text())
+    runs = [run for key, run in log.items() if key.endswith("| test") and run["model"] == "docs-lm"]
+    per_seed = {run["seed"]: 0 for run in runs}
+    for run in runs:
+        per_seed[run["seed"]] += run["scheme"].endswith("g32")
+    whole = [seed for seed, count in per_seed.items() if count == max(per_seed.values())]
+    return [r for r in runs if r["seed"] in whole and r["scheme"].split()[-1] in ("float", "g32")]
+
+
 def write(runs: list[dict], **settings) -> None:
     """Write what is finished: each stage is complete in itself."""
     log = json.loads(LOG.read_text())
@@ -158,17 +170,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--write", action="store_true", help="only write the seeds finished so far")
     args = parser.parse_args()
+    if args.write:
+        runs = finished()
+        return write(runs, seeds=len({run["seed"] for run in runs}), steps=args.steps)
     task = load_task("language-reference", batch_size=4)
     rates = tune(task, args.steps)
     runs = docs_lm(task, GROUPED, args.seeds, args.steps, rates)
-    write(runs, **vars(args))
+    write(runs, seeds=args.seeds, steps=args.steps)
     screen(task)
     runs += minilm(args.seeds)
-    write(runs, **vars(args))
+    write(runs, seeds=args.seeds, steps=args.steps)
     by_row = docs_lm(task, ROWS, args.seeds, args.steps, rates)
     runs += [run for run in by_row if run["method"] != "float"]
-    write(runs, **vars(args))
+    write(runs, seeds=args.seeds, steps=args.steps)
     LOG.unlink()
 
 

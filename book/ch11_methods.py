@@ -57,7 +57,7 @@ from companion.integers import to_groups
 from companion.language import document_losses
 from companion.losses import distillation_loss
 from companion.methods import LearnedStepSize, best_ratio, make_quantizer
-from companion.plots import bars, curves, estimates_by_bits
+from companion.plots import bars, curves, estimates_by_bits, histogram
 from companion.ptq import round_with_compensation
 from companion.smooth import smooth
 from companion.tables import tabulate
@@ -343,6 +343,24 @@ print("merged, within float rounding:", torch.allclose(before, after, rtol=1e-4,
 print("converted = merged:           ", torch.equal(stored, after))
 
 # %% [markdown]
+# How far from a grid would a merged weight be, were the adapter added after the rounding? Distances
+# to the nearest grid point, in steps, for one layer:
+
+# %% mystnb={"image": {"alt": "Histogram of distances from the nearest grid point, in steps. With the adapter added after the rounding, distances spread over the whole range up to one half."}} tags=["nbval-ignore-output"]
+name = merged.quantization.layers[0]
+inside = merged.get_submodule(name)
+steps = inside.quantizer.scale(inside.quantizer.groups(inside.weight)).float()  # (out, groups, 1)
+update = inside.weight - start.get_submodule(name).weight  # BA
+outside = inside.quantizer(start.get_submodule(name).weight) + update
+places = inside.quantizer.groups(outside.detach()) / steps
+histogram((places - places.round()).abs().numpy(), xlabel="distance from the grid (steps)")
+
+# %%
+on_grid = inside.quantizer.groups(inside.quantizer(inside.weight).detach()) / steps
+print("inside the rounding, all on the grid:", torch.allclose(on_grid, on_grid.round(), atol=1e-3))
+print("outside, nearly none:", ((places - places.round()).abs() < 1e-3).float().mean().item() < 0.1)
+
+# %% [markdown]
 # **When to choose it.** For lack of memory. It moves less, so expect it to recover less at two bits.
 #
 # ## Without training: GPTQ
@@ -443,6 +461,12 @@ with torch.no_grad():
         for name, m in (("before", loud), ("after", calm))))  # fmt: skip
     print("same function in floating point:", torch.allclose(calm(x), loud(x), atol=1e-4))
 print("error after rounding, less than a twentieth:", error(calm) < error(loud) / 20)
+
+# %% mystnb={"image": {"alt": "Largest activation of each of 64 channels, on a logarithmic axis, before and after smoothing. Before, one channel stands far above all others; after, all are alike."}}
+with torch.no_grad():
+    loudness = {name: sorted(m[0](x).abs().amax(0).tolist(), reverse=True)
+                for name, m in (("before", loud), ("after", calm))}  # fmt: skip
+curves(loudness, xlabel="channel, loudest first", ylabel="largest activation", log_y=True)
 
 # %% [markdown]
 # **When to choose it.** With 8-bit activations and a model of billions of parameters, where loud

@@ -88,4 +88,17 @@ LANGUAGE_MODELS: dict[str, Exercise] = {
             (torch.tensor([[0.0, 1.0, -1.0]]), torch.tensor([[1.0, 0.0, 2.0]]), 3.0),
         ],
     ),
+    "ch13-questions": Exercise(
+        lambda damage: math.floor(1.96**2 * (1 - damage) / damage) + 1,
+        "square both sides of damage > 1.96 * sqrt(damage * (1 - damage) / n) and solve for n.",
+        [(3 / 198,), (0.1,), (0.002,)],
+    ),
+    "ch13-budget": Exercise(
+        lambda megabytes, parameters, group_size: max(
+            (b for b in (8, 4, 3, 2) if (b + 16 / group_size) * parameters <= 8e6 * megabytes),
+            default=0,
+        ),
+        "a weight takes bits + 16 / group_size bits, and a megabyte has eight million.",
+        [(2.0, 3_410_176, 32), (1.0, 3_410_176, 32), (4500.0, 8e9, 32), (3.0, 8e6, 16)],
+    ),
 }

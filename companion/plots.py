@@ -38,6 +38,7 @@ def curves(
     *,
     xlabel: str,
     ylabel: str,
+    x: Sequence[float] | None = None,
     log_y: bool = False,
 ) -> Figure:
     """Draw lines on one pair of axes, such as training losses or errors against bits.
@@ -47,6 +48,8 @@ def curves(
     series : mapping of label to values
         A sequence is drawn against 0, 1, 2, ...; a mapping against its keys, with markers.
     xlabel, ylabel : str
+    x : sequence of float, optional
+        Where the values of all sequences stand instead.
     log_y : bool
 
     Examples
@@ -57,13 +60,13 @@ def curves(
     fig, ax = _axes()
     for index, (label, values) in enumerate(series.items()):
         sparse = isinstance(values, Mapping)
-        x = list(values) if sparse else range(len(values))
+        places = list(values) if sparse else range(len(values)) if x is None else x
         y = list(values.values()) if sparse else values
-        ax.plot(x, y, color=COLOURS[index], linestyle=LINES[index], label=label,
+        ax.plot(places, y, color=COLOURS[index], linestyle=LINES[index], label=label,
                 marker=MARKERS[index] if sparse else None)  # fmt: skip
         if sparse:
-            ax.set_xticks(x)
-        else:
+            ax.set_xticks(places)
+        elif x is None:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log_y:
         ax.set_yscale("log")

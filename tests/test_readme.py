@@ -27,7 +27,7 @@ def test_snippets_run_and_print_what_they_say(capsys, tmp_path, monkeypatch):
     exec(compile(language, "README.md", "exec"), names)
     value = float(re.match(r"(\d+\.\d+) \[", capsys.readouterr().out).group(1))
     assert value < names["perplexity"](load_pretrained("docs-lm"), names["task"].test).value
-    again = load_quantized(tmp_path / "my-model-w4")
+    again = load_quantized(tmp_path / "my-model-w2")
     assert names["perplexity"](again, names["task"].test).value == pytest.approx(value, abs=1e-3)
 
 
