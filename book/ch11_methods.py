@@ -277,7 +277,7 @@ with torch.no_grad():
 print("by hand = companion:", torch.allclose(by_hand, ours, rtol=1e-4))
 print("PyTorch = companion:", torch.allclose(theirs, ours, rtol=1e-4))
 
-# %% mystnb={"image": {"alt": "Probability of the five likeliest next tokens at one place in a text, by the float model and by the same model rounded to two bits. The rounded model spreads its probability differently over the same candidates."}} tags=["nbval-ignore-output"]
+# %% mystnb={"image": {"alt": "Probability of the five likeliest next tokens at one place in a text, by the float model and by the same model rounded to two bits. The rounded model spreads its probability differently over the same candidates."}}
 from companion.sources import load_tokenizer
 
 tokenizer = load_tokenizer("docs-lm")
