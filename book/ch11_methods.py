@@ -199,6 +199,7 @@ theirs = torch._fake_quantize_learnable_per_channel_affine(
 theirs.backward(upstream.view_as(flat))
 print("same values as PyTorch:", torch.equal(rounded.view_as(flat), theirs))
 print("same gradient by hand: ", torch.allclose(ours, by_hand, rtol=1e-4, atol=1e-5))
+print(f"the median scale: {absmax.median():.3f}")
 print("same gradient, PyTorch:", torch.allclose(ours.view(-1), s.grad, rtol=1e-4, atol=1e-5))
 
 # %% [markdown]
@@ -207,9 +208,9 @@ print("same gradient, PyTorch:", torch.allclose(ours.view(-1), s.grad, rtol=1e-4
 # Two things about learned scales are easily got wrong. The paper starts at twice the mean of
 # $|w|$ over $\sqrt{q_{\max}}$, made for other networks and other optimizers; and it leaves the
 # scale in one optimizer with the weights. Adam moves every parameter by about the learning rate,
-# however small its gradient, and a factor $g$ before the gradient changes nothing at all. A scale
-# is a number like 0.05. A learning rate of 0.001 moves it by two hundredths of itself, in every
-# step, in a direction that a few noisy batches decide.
+# however small its gradient, and a factor $g$ before the gradient changes nothing at all. A scale is
+# a small number, as the median above shows. A learning rate of 0.001 moves it by a few hundredths of
+# itself, in every step, in a direction that a few noisy batches decide.
 #
 # The companion starts at the searched range, and the optimizer sees the scale *divided by its
 # first value*, a number around one: it moves by a thousandth of itself, in every layer alike.
@@ -346,7 +347,7 @@ print("converted = merged:           ", torch.equal(stored, after))
 # How far from a grid would a merged weight be, were the adapter added after the rounding? Distances
 # to the nearest grid point, in steps, for one layer:
 
-# %% mystnb={"image": {"alt": "Histogram of distances from the nearest grid point, in steps. With the adapter added after the rounding, distances spread over the whole range up to one half."}} tags=["nbval-ignore-output"]
+# %% mystnb={"image": {"alt": "Histogram of distances from the nearest grid point, in steps. With the adapter added after the rounding, hardly any weight sits on a grid point; distances reach far into the space between two."}} tags=["nbval-ignore-output"]
 name = merged.quantization.layers[0]
 inside = merged.get_submodule(name)
 steps = inside.quantizer.scale(inside.quantizer.groups(inside.weight)).float()  # (out, groups, 1)
