@@ -209,7 +209,7 @@ print("same gradient, PyTorch:", torch.allclose(ours.view(-1), s.grad, rtol=1e-4
 # $|w|$ over $\sqrt{q_{\max}}$, made for other networks and other optimizers; and it leaves the
 # scale in one optimizer with the weights. Adam moves every parameter by about the learning rate,
 # however small its gradient, and a factor $g$ before the gradient changes nothing at all. A scale is
-# a small number, as the median above shows. A learning rate of 0.001 moves it by a few hundredths of
+# a small number, as the median above shows. A learning rate of 0.001 moves it by about a hundredth of
 # itself, in every step, in a direction that a few noisy batches decide.
 #
 # The companion starts at the searched range, and the optimizer sees the scale *divided by its
