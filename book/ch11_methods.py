@@ -22,7 +22,7 @@
 # - why it matters where a learned scale starts and how fast it moves;
 # - distillation, delayed start and LoRA, in a line each;
 # - the strongest opponents that need no training: GPTQ, and SmoothQuant for activations;
-# - what each of them recovers at equal cost, and which of them is the companion's default.
+# - what each of them recovers in equally many steps, and which of them is the companion's default.
 #
 # *Running time: about two minutes on two cores.*
 
@@ -539,7 +539,7 @@ for scheme in [name for name in table.index.unique("scheme") if name.endswith("g
 # file over the float one. torchao's file counts a byte for every integer, of whatever width; ours
 # packs them, but both keep the embedding in floating point.
 
-# %% mystnb={"image": {"alt": "Share of the damage recovered at four, three and two bits in groups of 32, with intervals, for six methods. The default lies highest at every width, close to or above one at four bits. GPTQ is second. Plain QAT by absmax and by torchao lies below, with wide intervals at four bits."}}
+# %% mystnb={"image": {"alt": "Share of the damage recovered at four, three and two bits in groups of 32, with intervals, for six methods. The default lies highest at every width. The learned step size follows, then GPTQ, with plain QAT by absmax and by torchao close to it; the searched range is lowest. At four bits the intervals are very wide."}}
 CHART = ("nearest-mse", "gptq", "torchao", "absmax", "lsq", "default")
 
 
@@ -596,8 +596,8 @@ print(tried.sort_values(["scheme", "validation_loss"]).to_string(index=False))
 # %% [markdown]
 # Three things can be read off. The teacher's quality is the ceiling: too few float steps, and the
 # rounded model imitates a mediocre one. Two bits profit from more steps under rounding, four bits
-# hardly need any. And starting from GPTQ's integers, which are better than the searched ones, did not
-# end better: weights that sit exactly on grid points need longer to leave them.
+# hardly need any. And starting from GPTQ's integers, which are better than the searched ones, gained
+# next to nothing where steps were few, and lost where two bits were trained for longer.
 #
 # ## Exercises
 #
@@ -677,7 +677,7 @@ check("ch11-distil", divergence)
 #   rounding, where merging changes nothing.
 # - GPTQ makes up for errors where they arise, without training; SmoothQuant helps where channels are
 #   loud.
-# - At equal cost the default recovered more than plain QAT and more than the best rounding after the
+# - At equal steps, for a little more time, the default recovered more than plain QAT and more than the best rounding after the
 #   fact, on this model and this text.
 #
 # ## References
