@@ -77,6 +77,11 @@ def torchao_arm() -> Arm:
     return Arm("torchao", prepare, finish)
 
 
+FLOAT_DISTILLED = Arm("float-distilled", lambda model, scheme, task, skip: copy.deepcopy(model),
+                      finish=lambda model: model, float_share=ARMS["default"].float_share,
+                      distil=True)  # fmt: skip
+"""The default without its rounding: what imitation alone is worth on this text."""
+
 GROUPED, ROWS = ([QuantScheme(bits, size) for bits in BITS] for size in (32, None))
 
 
@@ -106,6 +111,13 @@ def docs_lm(task, schemes: list[QuantScheme], seeds: int, steps: int, rates: dic
         "docs-lm", task, schemes, methods, steps=steps, seeds=seeds, rates=rates, log=LOG
     )
     return table.attrs["runs"]
+
+
+def float_distilled(task, seeds: int, steps: int) -> list[dict]:
+    """The control of the default, tuned by as many trials; its row stands beside two bits."""
+    table = compare("docs-lm", task, [QuantScheme(2)], [FLOAT_DISTILLED], steps=steps, seeds=seeds,
+                    rates=RATES, log=LOG)  # fmt: skip
+    return [run for run in table.attrs["runs"] if run["method"] == FLOAT_DISTILLED.name]
 
 
 def minilm(seeds: int) -> list[dict]:
@@ -149,7 +161,8 @@ def records(runs: list[dict]) -> list[dict]:
 def finished() -> list[dict]:
     """Runs in the log of those seeds for which a granularity of docs-lm is complete."""
     log = json.loads(LOG.read_text())
-    runs = [run for key, run in log.items() if key.endswith("| test") and run["model"] == "docs-lm"]
+    runs = [run for key, run in log.items() if key.endswith("| test") and run["model"] == "docs-lm"
+            and run["method"] != FLOAT_DISTILLED.name]  # fmt: skip
     per_seed = {run["seed"]: 0 for run in runs}
     for run in runs:
         per_seed[run["seed"]] += run["scheme"].endswith("g32")
@@ -178,6 +191,7 @@ def main() -> None:
     task = load_task("language-reference", batch_size=4)
     rates = tune(task, args.steps)
     runs = docs_lm(task, GROUPED, args.seeds, args.steps, rates)
+    runs += float_distilled(task, args.seeds, args.steps)
     write(runs, seeds=args.seeds, steps=args.steps)
     screen(task)
     runs += minilm(args.seeds)

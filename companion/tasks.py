@@ -44,7 +44,7 @@ def load_task(name: str, **options) -> Task:
         Language modelling: ``"language-reference"`` (Python's, to fine-tune on),
         ``"docstrings"`` (what docs-lm was pre-trained on; larger test split), a local text,
         JSON, CSV or Parquet file, or the Hub id of a data set. Classification: ``"topics"``
-        (which library does a docstring describe, names masked).
+        (which library does a docstring describe, names masked, few labels).
     **options
         ``batch_size``; for the digits ``labels_per_class``, training images of each class
         (None for all that are not held out); for language modelling ``tokenizer`` (default:
@@ -100,8 +100,8 @@ def _docstrings(name: str, documents: int | None = None, progress: bool = True, 
 def _topics(
     name: str,
     tokenizer=None,
-    per_class: int = 200,
-    tokens: int = 64,
+    per_class: int = 20,
+    tokens: int = 32,
     batch_size: int = 16,
     progress: bool = True,
 ) -> Task:

@@ -22,10 +22,10 @@ def test_default_recovers_at_equal_steps(bits, share):
     row = TABLE.loc[(f"W{bits} g32", "default")]
     assert row["recovered"] >= share
     assert row["steps"] <= 400
-    assert row["seeds"] == SEEDS >= 2
+    assert row["seeds"] == SEEDS >= 3
 
 
-@pytest.mark.parametrize("bits", [2])
+@pytest.mark.parametrize("bits", [3, 2])
 def test_default_is_above_torchao_with_intervals_apart(bits):
     rows = TABLE.loc[f"W{bits} g32"]
     assert rows.loc["default", "recovered_low"] > rows.loc["torchao", "recovered_high"]
@@ -70,7 +70,7 @@ def test_levers_were_judged_on_validation():
 
 
 def test_a_small_cell_lands_in_its_band():
-    """The shortest lever of the default is trained again, from scratch."""
+    """A lever of the default that was short is trained again, from scratch."""
     (stored,) = (
         lever
         for lever in CONTENT["levers"]

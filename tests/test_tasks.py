@@ -102,11 +102,11 @@ def test_language_tasks_use_the_text_they_name():
 
 
 def test_topics_hide_the_names_and_keep_the_splits_apart():
-    task = load_task("topics", per_class=20)
+    task = load_task("topics")
     tokenizer = load_tokenizer("sentence-transformers/all-MiniLM-L6-v2")
     rows = {part: getattr(task, part).dataset.columns for part in ("train", "validation", "test")}
     assert torch.bincount(rows["train"]["labels"]).tolist() == [20] * len(task.classes)
-    assert rows["train"]["input_ids"].shape == (20 * len(task.classes), 64)
+    assert rows["train"]["input_ids"].shape == (20 * len(task.classes), 32)
     texts = {
         part: [tokenizer.decode(ids, skip_special_tokens=True) for ids in columns["input_ids"]]
         for part, columns in rows.items()
@@ -115,6 +115,6 @@ def test_topics_hide_the_names_and_keep_the_splits_apart():
     for text in texts["train"] + texts["test"]:
         assert not re.search(r"numpy|pandas|scipy|sklearn|torch|sympy|networkx|matplotlib|hugging",
                              text)  # fmt: skip
-    again = load_task("topics", per_class=20).train.dataset.columns["input_ids"]
+    again = load_task("topics").train.dataset.columns["input_ids"]
     assert torch.equal(again, rows["train"]["input_ids"])
     assert task.classes[int(rows["test"]["labels"][0])] == "matplotlib"
