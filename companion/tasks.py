@@ -134,8 +134,8 @@ def _topics(
 
 
 def _masked(text: str) -> str:
-    """Take out what names a library: its name, the name it is imported as, and their kin."""
-    return _NAMES.sub("library", text)
+    """Take out what names a library, and keep the first twenty words."""
+    return " ".join(_NAMES.sub("library", text).split()[:20])
 
 
 def _announce_difference(corpus: Corpus) -> None:
