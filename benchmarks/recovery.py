@@ -124,7 +124,7 @@ def minilm(seeds: int) -> list[dict]:
     """A smaller grid: a fresh classifier on MiniLM, its head in floating point."""
     task = load_task("topics")
     model = load_pretrained(MINILM, head="classification", classes=len(task.classes))
-    schemes = [QuantScheme(3), QuantScheme(2), QuantScheme(3, None)]
+    schemes = [QuantScheme(2), QuantScheme(3, None)]
     rates = {"float": MINILM_RATE}
     arms = ["absmax", "default", "torchao"]
     rates |= {f"{arm} {scheme_name(scheme)}": MINILM_RATE for arm in arms for scheme in schemes}
