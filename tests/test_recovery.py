@@ -1,6 +1,7 @@
 """The claims of chapter 11, held against the committed results; one small cell run again."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_records_follow_from_the_runs():
                   == ("docs-lm", scheme, method)]  # fmt: skip
         for column, key in (("loss", "qat"), ("nearest", "ptq"), ("float", "float")):
             assert row[column] == pytest.approx(sum(r[key] for r in of_row) / len(of_row))
+
+
+def test_readme_says_what_the_file_says():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for bits in (4, 3, 2):
+        rows = TABLE.loc[f"W{bits} g32"]
+        shares = [
+            f"{row['recovered']:.0%} [{row['recovered_low']:.0%}, {row['recovered_high']:.0%}]"
+            for row in (rows.loc["default"], rows.loc["torchao"])
+        ]
+        ours, theirs = (re.sub(r"(\d)%(?=[ ,\]])", r"\1", s).replace(" [", " % [") for s in shares)
+        line = f"| {bits} bits | {rows['damage'].iloc[0]:.3f} | {ours} | {theirs} |"
+        assert line in readme
 
 
 def test_levers_were_judged_on_validation():
