@@ -573,7 +573,7 @@ for scheme in ("W4 g32", "W3 g32", "W2 g32"):
 
 # %% [markdown]
 # The fair reading of a share above one: the *recipe* made up for the damage, and part of that was
-# imitation, which a float model can have as well. As verdicts on the results file:
+# imitation, which a float model can have as well. As verdicts on the results file, whole intervals compared:
 
 
 # %%
