@@ -33,6 +33,7 @@ import warnings
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -641,6 +642,13 @@ for scheme in other.index.unique("scheme"):
     trained = other.loc[scheme].loc[["absmax", "default", "torchao"]]
     unclear = (trained["difference_low"] < 0) & (trained["difference_high"] > 0)
     print(f"{scheme}: trained arms that cannot be told from the control: {unclear.sum()} of 3")
+    over_seeds = [
+        [r["qat"] - r["float"] for r in content["records"]
+         if r["model"] != "docs-lm" and (r["scheme"], r["method"]) == (scheme, method)]
+        for method in trained.index
+    ]  # fmt: skip
+    wide = sum(np.ptp(found) > trained["damage"].iloc[0] for found in over_seeds)
+    print(f"{scheme}: trained arms that move by more than the damage: {wide} of 3")
 
 # %% [markdown]
 # ## The default, and why
