@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -55,5 +56,8 @@ def write_results(name: str, records: list[dict], more: dict | None = None, **se
     """Write ``benchmarks/results/<name>.json`` with provenance, and return its path."""
     path = RESULTS / f"{name}.json"
     content = {"provenance": provenance(**settings), "records": records} | (more or {})
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=1) + "\n"))
+    text = json.dumps(content, indent=1)
+    # lists of numbers on one line: one for each run, not for each example
+    text = re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()), text)
+    write_atomically(path, lambda partial: partial.write_text(text + "\n"))
     return path

@@ -1,7 +1,7 @@
 """What each method recovers: float control, post-training and training under rounding, compared.
 
     python -m benchmarks.recovery                (about three hours on two cores)
-    python -m benchmarks.recovery --write        (the seeds finished so far, of an unfinished study)
+    python -m benchmarks.recovery --minilm       (only MiniLM; docs-lm keeps what the file has)
 
 docs-lm is fine-tuned on the Python language reference, MiniLM on the topics of docstrings. First
 the levers: trials of single settings, seed 100, measured on validation only. The rates found
@@ -36,7 +36,7 @@ RATES = (5e-4, 1e-3)
 KIN = {"absmax": "absmax", "lsq": "absmax", "torchao": "absmax", "default": "default"}
 """Whose tuned learning rate an arm takes: arms that round from the first step share absmax's."""
 SCREENING_STEPS, SCREENING_RATES = 100, (1e-3, 3e-3)
-MINILM_STEPS, MINILM_RATE = 100, 3e-4
+MINILM_STEPS, MINILM_RATES = 100, (1e-4, 3e-4)
 LOG = RESULTS / "recovery.unfinished.json"
 
 
@@ -125,12 +125,9 @@ def minilm(seeds: int) -> list[dict]:
     task = load_task("topics")
     model = load_pretrained(MINILM, head="classification", classes=len(task.classes))
     schemes = [QuantScheme(2), QuantScheme(3, None)]
-    rates = {"float": MINILM_RATE}
-    arms = ["absmax", "default", "torchao"]
-    rates |= {f"{arm} {scheme_name(scheme)}": MINILM_RATE for arm in arms for scheme in schemes}
     table = compare(
         model, task, schemes, ["nearest-mse", "gptq", "absmax", "default", torchao_arm()],
-        steps=MINILM_STEPS, seeds=seeds, rates=rates, skip=["classifier", "pooler"], log=LOG,
+        steps=MINILM_STEPS, seeds=seeds, rates=MINILM_RATES, skip=["classifier", "pooler"], log=LOG,
     )  # fmt: skip
     return table.attrs["runs"]
 
@@ -158,36 +155,38 @@ def records(runs: list[dict]) -> list[dict]:
     return lines
 
 
-def finished() -> list[dict]:
-    """Runs in the log of those seeds for which a granularity of docs-lm is complete."""
+def trials() -> list[dict]:
+    """The trials in the log: single settings, measured on validation."""
     log = json.loads(LOG.read_text())
-    runs = [run for key, run in log.items() if key.endswith("| test") and run["model"] == "docs-lm"
-            and run["method"] != FLOAT_DISTILLED.name]  # fmt: skip
-    per_seed = {run["seed"]: 0 for run in runs}
-    for run in runs:
-        per_seed[run["seed"]] += run["scheme"].endswith("g32")
-    whole = [seed for seed, count in per_seed.items() if count == max(per_seed.values())]
-    return [r for r in runs if r["seed"] in whole and r["scheme"].split()[-1] in ("float", "g32")]
+    return [run for key, run in log.items() if key.endswith("validation")]
 
 
 def write(runs: list[dict], **settings) -> None:
     """Write what is finished: each stage is complete in itself."""
-    log = json.loads(LOG.read_text())
-    trials = [run for key, run in log.items() if key.endswith("validation")]
-    screened = json.loads((RESULTS / "levers.json").read_text())["records"]
-    more = {"runs": runs, "levers": screened + trials}
+    by_hand = json.loads((RESULTS / "levers.json").read_text())["records"]
+    more = {"runs": runs, "levers": by_hand + trials()}
     print(write_results("recovery", records(runs), more, **settings), flush=True)
+
+
+def renew_minilm(seeds: int, steps: int) -> None:
+    """Measure MiniLM again, and keep of docs-lm what the file has, with its provenance."""
+    known = json.loads((RESULTS / "recovery.json").read_text())
+    runs = [run for run in known["runs"] if run["model"] == "docs-lm"] + minilm(seeds)
+    levers = [lever for lever in known["levers"] if lever["model"] == "docs-lm"] + trials()
+    first = known.get("docs_lm_provenance", known["provenance"])
+    more = {"runs": runs, "levers": levers, "docs_lm_provenance": first}
+    print(write_results("recovery", records(runs), more, seeds=seeds, steps=steps), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--write", action="store_true", help="only write the seeds finished so far")
+    parser.add_argument("--minilm", action="store_true", help="measure MiniLM only")
     args = parser.parse_args()
-    if args.write:
-        runs = finished()
-        return write(runs, seeds=len({run["seed"] for run in runs}), steps=args.steps)
+    if args.minilm:
+        renew_minilm(args.seeds, args.steps)
+        return LOG.unlink()
     task = load_task("language-reference", batch_size=4)
     rates = tune(task, args.steps)
     runs = docs_lm(task, GROUPED, args.seeds, args.steps, rates)

@@ -110,14 +110,20 @@ def _topics(
     tokenizer = tokenizer or load_tokenizer(MINILM)
     rng = np.random.RandomState(0)  # legacy stream: frozen for good
     sizes = {"train": per_class, "validation": 30, "test": 100}
-    parts = {}
+    parts, read = {}, set()
     for part, size in sizes.items():
-        documents, packages = np.array(getattr(corpus, part)), np.array(corpus.packages[part])
+        passages = np.array([_passage(document) for document in getattr(corpus, part)])
+        packages = np.array(corpus.packages[part])
+        whole = np.array([len(text.split()) >= 8 and text not in read for text in passages])
+        read.update(passages)  # what a held-out passage must not repeat
         chosen = np.concatenate(
-            [rng.permutation(np.flatnonzero(packages == package))[:size] for package in LIBRARIES]
+            [
+                rng.permutation(np.flatnonzero(whole & (packages == package)))[:size]
+                for package in LIBRARIES
+            ]
         )
         encoded = tokenizer(
-            [_masked(text) for text in documents[chosen]],
+            passages[chosen].tolist(),
             truncation=True, max_length=tokens, padding="max_length", return_tensors="pt",
         )  # fmt: skip
         labels = torch.tensor([LIBRARIES.index(package) for package in packages[chosen]])
@@ -133,9 +139,10 @@ def _topics(
     return Task(name, **parts, classes=LIBRARIES, source=source)
 
 
-def _masked(text: str) -> str:
-    """Take out what names a library, and keep the first twenty words."""
-    return " ".join(_NAMES.sub("library", text).split()[:20])
+def _passage(document: str) -> str:
+    """Twenty words without what names a library; a rule of = signs under a title is no word."""
+    words = _NAMES.sub("library", document[:500]).split()
+    return " ".join([word for word in words if re.search(r"\w", word)][:20])
 
 
 def _announce_difference(corpus: Corpus) -> None:
