@@ -662,6 +662,7 @@ for scheme in other.index.unique("scheme"):
 
 # %%
 levers = pd.DataFrame(content["levers"])
+levers = levers[levers["model"] == "docs-lm"]
 tried = levers[levers["lever"] == "distillation"]
 tried = tried[
     ["scheme", "range", "start", "teacher", "steps", "lr", "share_of_divergence", "validation_loss"]
