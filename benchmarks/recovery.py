@@ -36,7 +36,7 @@ RATES = (5e-4, 1e-3)
 KIN = {"absmax": "absmax", "lsq": "absmax", "torchao": "absmax", "default": "default"}
 """Whose tuned learning rate an arm takes: arms that round from the first step share absmax's."""
 SCREENING_STEPS, SCREENING_RATES = 100, (1e-3, 3e-3)
-MINILM_STEPS, MINILM_RATES = 100, (1e-4, 3e-4)
+MINILM_STEPS, MINILM_RATES, SKIP = 100, (1e-4, 3e-4), ("classifier", "pooler")
 LOG = RESULTS / "recovery.unfinished.json"
 
 
@@ -125,9 +125,11 @@ def minilm(seeds: int) -> list[dict]:
     task = load_task("topics")
     model = load_pretrained(MINILM, head="classification", classes=len(task.classes))
     schemes = [QuantScheme(2), QuantScheme(3, None)]
+    first, _ = ARMS["default"].steps(MINILM_STEPS)  # a lever: how good is the default's teacher?
+    compare(model, task, [], [], steps=first, seeds=0, rates=MINILM_RATES, skip=SKIP, log=LOG)
     table = compare(
         model, task, schemes, ["nearest-mse", "gptq", "absmax", "default", torchao_arm()],
-        steps=MINILM_STEPS, seeds=seeds, rates=MINILM_RATES, skip=["classifier", "pooler"], log=LOG,
+        steps=MINILM_STEPS, seeds=seeds, rates=MINILM_RATES, skip=SKIP, log=LOG,
     )  # fmt: skip
     return table.attrs["runs"]
 
