@@ -33,7 +33,6 @@ import warnings
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -633,23 +632,46 @@ for scheme in other.index.unique("scheme"):
     }).to_string(), "\n")  # fmt: skip
 
 # %% [markdown]
-# Look at the intervals before the means. With so few labels the order of the batches decides more
-# than the method does: from seed to seed the trained arms move by more than rounding cost in the
-# first place.
-# So this table does not rank them, and its means should not be quoted:
+# Here the order turns around. Fixed after the table was seen, whole intervals compared:
 
 # %%
 for scheme in other.index.unique("scheme"):
-    trained = other.loc[scheme].loc[["absmax", "default", "torchao"]]
-    unclear = (trained["difference_low"] < 0) & (trained["difference_high"] > 0)
-    print(f"{scheme}: trained arms that cannot be told from the control: {unclear.sum()} of 3")
-    over_seeds = [
-        [r["qat"] - r["float"] for r in content["records"]
-         if r["model"] != "docs-lm" and (r["scheme"], r["method"]) == (scheme, method)]
-        for method in trained.index
-    ]  # fmt: skip
-    wide = sum(np.ptp(found) > trained["damage"].iloc[0] for found in over_seeds)
-    print(f"{scheme}: trained arms that move by more than the damage: {wide} of 3")
+    found = other.loc[scheme]
+    behind = found.loc["default", "recovered_high"] < found.loc["gptq", "recovered_low"]
+    early = found.loc[["absmax", "torchao"]]
+    unclear = (early["difference_low"] < 0) & (early["difference_high"] > 0)
+    print(f"{scheme}: default below GPTQ: {behind};"
+          f" arms rounding from the first step, not to be told from the control: {unclear.sum()} of 2")  # fmt: skip
+
+# %% [markdown]
+# Those that round from the first step end where the control ends, within the noise of three orders of
+# the batches; their intervals are too wide to rank them. The default is clearly the worse choice. Why?
+# Its teacher is the float model after three quarters of the steps, and a hundred steps are so few
+# that the control still learns from the last quarter. The study's file has the trials for it, on
+# validation with a seed of their own; the float rate is the one that was better at full length:
+
+# %%
+tried = pd.DataFrame(content["levers"])
+tried = tried[tried["model"] != "docs-lm"]
+control = tried[(tried["method"] == "float") & (tried["steps"] == 100)]
+rate = control.loc[control["validation_loss"].idxmin(), "lr"]
+teacher = tried[(tried["method"] == "float") & (tried["steps"] == 75)]
+teacher = teacher.set_index("lr")["validation_loss"]
+imitators = tried[tried["method"] == "default"].groupby("scheme")["validation_loss"].min()
+print(f"float, 100 steps:                  {control['validation_loss'].min():.3f}")
+print(f"float, 75 steps at the same rate:  {teacher[rate]:.3f}  (the teacher)")
+for scheme, loss in imitators.items():
+    print(f"default, {scheme}, 75 + 25 steps:  {loss:.3f}")
+print("each default nearer to the teacher than to the control:",
+      all(loss - teacher[rate] < teacher[rate] - control["validation_loss"].min()
+          for loss in imitators))  # fmt: skip
+print(f"float, 75 steps at the other rate: {teacher.drop(rate).item():.3f}")
+
+# %% [markdown]
+# The imitator has become as good as what it imitates, and no better: the teacher's quality is the
+# ceiling. (At the other rate the teacher would have been a better one; one trial, one seed.) So the
+# advice of this chapter has a condition. Where the float model has converged and there are hundreds
+# of steps, the default; where it still learns, round from the first step, or let GPTQ round the end.
 
 # %% [markdown]
 # ## The default, and why
@@ -685,8 +707,9 @@ best = screened.sort_values("validation_loss").groupby("method", sort=False).fir
 print(best[["lr", "validation_loss"]].round({"validation_loss": 3}).to_string())
 
 # %% [markdown]
-# One seed, few steps, and no claim, but a warning: at a hundred steps an early start does best, and
-# what waits for three quarters of them comes last. The default needs its hundreds.
+# One seed, few steps, and no claim, but the same warning as from MiniLM: at a hundred steps an early
+# start does best, and what waits for three quarters of them comes last. The default needs its
+# hundreds.
 #
 # ## Exercises
 #
@@ -766,8 +789,9 @@ check("ch11-distil", divergence)
 #   rounding, where merging changes nothing.
 # - GPTQ makes up for errors where they arise, without training; SmoothQuant helps where channels are
 #   loud.
-# - At equal steps, for a little more time, the default recovered more than plain QAT and more than the best rounding after the
-#   fact, on this model and this text.
+# - At equal steps, for a little more time, the default recovered more than plain QAT and more than the
+#   best rounding after the fact, with docs-lm, where four hundred steps let the float model settle.
+#   With MiniLM, after a hundred, it fell behind GPTQ: its teacher had not finished learning.
 #
 # ## References
 #

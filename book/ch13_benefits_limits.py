@@ -250,7 +250,8 @@ print("40 steps, GPTQ below default:", behind.low > 0)
 # %% [markdown]
 # A quarter of forty is ten: the recipe of [](ch11) was made for hundreds of steps, and a share of
 # too few is fewer still. **Verdict.** If you can afford a handful of steps, spend them on floating
-# point and let GPTQ round. In [](ch11) training under rounding gets its hundreds.
+# point and let GPTQ round. In [](ch11) training under rounding gets its hundreds with docs-lm, and
+# too few once more with MiniLM.
 #
 # ### 3 · The wrong learning rate
 #
@@ -505,7 +506,7 @@ print(f"no damage to be seen: {np.mean(seen <= 0):.0%} of the sets")
 # | 4 | 8 bits, or damage not clearly above zero | round to nearest, and stop | nothing to recover | [](ch09) |
 # | 5 | very little text, or none | searched range (needs no data); GPTQ on what there is | training overfits, calibration hardly | this one |
 # | 6 | 4 bits, weights only, in groups | searched range or GPTQ; QAT if the paired difference that is left is clearly above zero | little damage, and most of it comes off without training | [](ch11) |
-# | 7 | 2 or 3 bits | QAT: learned step size, the float model as teacher, hundreds of steps | here the damage is | [](ch10), [](ch11) |
+# | 7 | 2 or 3 bits | QAT: learned step size; given hundreds of steps, the float model as teacher once it has settled | here the damage is | [](ch10), [](ch11) |
 # | | the same, too little memory | LoRA inside the fake quantization | few parameters train, and what is trained is what is stored | [](ch11) |
 #
 # ## Where the evidence of this course ends
