@@ -18,6 +18,7 @@ import copy
 import json
 import logging
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -122,7 +123,7 @@ def float_distilled(task, seeds: int, steps: int) -> list[dict]:
 
 def minilm(seeds: int) -> list[dict]:
     """A smaller grid: a fresh classifier on MiniLM, its head in floating point."""
-    task = load_task("topics")
+    task = replace(load_task("topics"), metric="loss")
     model = load_pretrained(MINILM, head="classification", classes=len(task.classes))
     schemes = [QuantScheme(2), QuantScheme(3, None)]
     first, _ = ARMS["default"].steps(MINILM_STEPS)  # a lever: how good is the default's teacher?
@@ -137,8 +138,8 @@ def minilm(seeds: int) -> list[dict]:
 def records(runs: list[dict]) -> list[dict]:
     """One line for each scheme, method and seed: mean losses and the share recovered."""
     loss = {
-        (run["model"], run["scheme"], run["method"], run["seed"]): sum(run["loss"])
-        / sum(run["tokens"])
+        (run["model"], run["scheme"], run["method"], run["seed"]): sum(run["total"])
+        / sum(run["weight"])
         for run in runs
     }
     lines = []

@@ -518,7 +518,7 @@ def interval(row, name, form):
 def view(scheme):
     rows = table.loc[scheme]
     return pd.DataFrame({
-        "loss": rows["loss"].map("{:.3f}".format),
+        "loss": rows["value"].map("{:.3f}".format),
         "recovered": [interval(row, "recovered", ".0%") for _, row in rows.iterrows()],
         "cost": rows["cost"].map("{:.2f}".format),
         "file": (rows["bytes"] / float_bytes).map("{:.2f}".format),
@@ -625,7 +625,7 @@ for scheme in other.index.unique("scheme"):
     print(f"{scheme}: float {row['float']:.3f}, damage {interval(row, 'damage', '.3f')} nats,",
           f"{row['n']:.0f} passages")  # fmt: skip
     print(pd.DataFrame({
-        "loss": other.loc[scheme, "loss"].map("{:.3f}".format),
+        "loss": other.loc[scheme, "value"].map("{:.3f}".format),
         "minus the control": [interval(r, "difference", "+.3f")
                               for _, r in other.loc[scheme].iterrows()],
         "recovered": [interval(r, "recovered", ".0%") for _, r in other.loc[scheme].iterrows()],

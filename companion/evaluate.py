@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -38,6 +39,58 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n})"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What each example adds to a ratio of sums: a mean loss, an accuracy, an F1 score.
+
+    Parameters
+    ----------
+    total, weight : ndarray of float, shape (examples,)
+        The metric is ``total.sum() / weight.sum()``.
+
+    Examples
+    --------
+    >>> hits = Scores(np.array([1.0, 0.0, 1.0, 1.0]), np.ones(4))
+    >>> hits.value, print(hits.estimate())
+    0.750 [0.250, 1.000] (n = 4)
+    (0.75, None)
+    """
+
+    total: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def value(self) -> float:
+        """The ratio on all examples."""
+        return float(self.total.sum() / self.weight.sum())
+
+    def resampled(self, seed: int = 0) -> np.ndarray:
+        """The ratio on 10,000 bootstrap resamples of the examples, shape (10000,).
+
+        Equal seeds draw equal examples, which pairs the resamples of two models.
+        """
+        counts = resamples(len(self.total), seed)
+        weight = counts @ self.weight
+        return np.divide(counts @ self.total, weight, out=np.zeros(len(counts)), where=weight > 0)
+
+    def estimate(self) -> Estimate:
+        """The ratio with its percentile-bootstrap 95 % interval."""
+        low, high = np.quantile(self.resampled(), TAILS)
+        return Estimate(self.value, float(low), float(high), len(self.total), "bootstrap")
+
+
+@lru_cache(maxsize=2)
+def resamples(n: int, seed: int = 0) -> np.ndarray:
+    """How often each of n examples is drawn, in 10,000 resamples with replacement (Efron, 1979).
+
+    Returns
+    -------
+    ndarray of float, shape (10000, n)
+        Of float so that products with it are fast.
+    """
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
 
 
 @dataclass(frozen=True)

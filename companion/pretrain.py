@@ -1,6 +1,6 @@
 """How docs-lm was made: tokenizer, architecture, training run, model card. One command repeats it.
 
-Floor 5 of the house; `python -m companion pretrain` calls it. Told in chapter 8.
+Floor 6 of the house; `python -m companion pretrain` calls it. Told in chapter 8.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from companion.cost import model_bytes
 from companion.files import write_atomically
 from companion.language import document_losses
 from companion.losses import default_loss, distillation_loss
+from companion.metrics import METRICS
 from companion.models import load_pretrained
 from companion.scheme import QuantScheme
 from companion.stream import batches
@@ -125,8 +126,14 @@ class Runs:
             "training_tokens": sum(map(_size, stream)),
         }  # fmt: skip
         if test:
-            losses = document_losses(model, self.task.test)
-            record |= {"loss": [round(x, 4) for x in losses.loss], "tokens": losses.tokens.tolist()}
+            metric = METRICS[self.task.metric]
+            measured = metric.measure(model, self.task)
+            record |= {
+                "metric": metric.name, "higher_is_better": metric.higher_is_better,
+                "total": [round(float(x), 4) for x in measured.scores.total],
+                "weight": measured.scores.weight.tolist(),
+                "also": {name: [e.value, e.low, e.high] for name, e in measured.also.items()},
+            }  # fmt: skip
         return record
 
     def cost(self, arm: Arm, scheme) -> float:
@@ -182,7 +189,9 @@ def rate_key(arm: Arm, scheme: QuantScheme | None) -> str:
 
 def _size(batch: Any) -> int:
     """Tokens of a batch, or examples where it holds no tokens."""
-    return batch["input_ids"].numel() if isinstance(batch, Mapping) else len(batch[0])
+    if not isinstance(batch, Mapping):
+        return len(batch[0])
+    return sum(value.numel() for name, value in batch.items() if name.endswith("input_ids"))
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from companion.evaluate import RESAMPLES, TAILS, Estimate
+from companion.evaluate import TAILS, Estimate, Scores
 from companion.scheme import QuantScheme
 
 if TYPE_CHECKING:
@@ -72,46 +72,59 @@ def across_seeds(draws: np.ndarray, values: Sequence[float], n: int) -> Estimate
     return Estimate(float(np.mean(values)), float(low), float(high), n, method)
 
 
-class Losses:
-    """Losses of one arm on the same test documents, over several seeds.
+class Results:
+    """What one arm scored on the same test examples, over several seeds.
 
     Parameters
     ----------
     runs : sequence of dict
-        Each with ``loss`` and ``tokens`` per document.
+        Each with ``total`` and ``weight`` per example, as in `companion.evaluate.Scores`, and
+        ``higher_is_better``.
     """
 
     def __init__(self, runs: Sequence[dict]) -> None:
-        self.loss = np.array([run["loss"] for run in runs])  # (seeds, documents)
-        self.tokens = np.array(runs[0]["tokens"])
-        if any(run["tokens"] != runs[0]["tokens"] for run in runs):
-            raise ValueError("the runs were not measured on the same documents")
+        self.scores = [Scores(np.array(run["total"]), np.array(run["weight"])) for run in runs]
+        self.sign = -1 if runs[0]["higher_is_better"] else 1
+        self.n = len(runs[0]["total"])
+        first = self.scores[0].weight
+        for weight in (scores.weight for scores in self.scores):
+            # an F1 score weighs what a model answers; a loss weighs the same tokens in every run
+            if len(weight) != self.n or (self.sign > 0 and not np.array_equal(weight, first)):
+                raise ValueError("the runs were not measured on the same examples")
 
     @property
     def seeds(self) -> np.ndarray:
-        """Mean loss per token of each seed, shape (seeds,)."""
-        return self.loss.sum(1) / self.tokens.sum()
+        """The metric of each seed, shape (seeds,)."""
+        return np.array([scores.value for scores in self.scores])
 
     def resampled(self) -> np.ndarray:
-        """Bootstrap of the mean over seeds; equal draws for arms on equal documents."""
-        n = len(self.tokens)
-        counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-        return (counts @ self.loss.mean(0)) / (counts @ self.tokens)
+        """Bootstrap of the mean over seeds; equal draws for arms on equal examples."""
+        return np.mean([scores.resampled() for scores in self.scores], axis=0)
+
+    def estimate(self) -> Estimate:
+        """The mean over seeds, with doubt about examples and seeds."""
+        return across_seeds(self.resampled(), self.seeds, self.n)
 
 
-def difference(first: Losses, second: Losses) -> Estimate:
-    """Mean loss of the first arm minus the second, paired by document and by seed, in nats."""
+def difference(first: Results, second: Results) -> Estimate:
+    """The first arm's metric minus the second's, paired by example and by seed."""
     draws = first.resampled() - second.resampled()
-    return across_seeds(draws, first.seeds - second.seeds, len(first.tokens))
+    return across_seeds(draws, first.seeds - second.seeds, first.n)
 
 
-def recovered(control: Losses, nearest: Losses, arm: Losses) -> Estimate | None:
+def worse(first: Results, second: Results) -> Estimate:
+    """By how much the first arm is worse than the second, whichever way the metric points."""
+    draws = first.sign * (first.resampled() - second.resampled())
+    return across_seeds(draws, first.sign * (first.seeds - second.seeds), first.n)
+
+
+def recovered(control: Results, nearest: Results, arm: Results) -> Estimate | None:
     """Share of the damage of rounding that an arm took back, over all seeds.
 
     Parameters
     ----------
-    control, nearest, arm : Losses
-        The float control, that control rounded to nearest, and the arm, on the same documents
+    control, nearest, arm : Results
+        The float control, that control rounded to nearest, and the arm, on the same examples
         and seeds.
 
     Returns
@@ -119,14 +132,14 @@ def recovered(control: Losses, nearest: Losses, arm: Losses) -> Estimate | None:
     Estimate or None
         None ("nothing to recover") where the damage is not clearly above zero.
     """
-    if difference(nearest, control).low <= 0:
+    if worse(nearest, control).low <= 0:
         return None
     left, damage = arm.seeds - control.seeds, nearest.seeds - control.seeds
     share = 1 - left.mean() / damage.mean()
     # What each seed adds to a ratio of means, to first order; their mean is the share itself.
     seeds = 1 - (left - (1 - share) * (damage - damage.mean())) / damage.mean()
     draws = (nearest.resampled() - arm.resampled()) / (nearest.resampled() - control.resampled())
-    return across_seeds(draws, seeds, len(arm.tokens))
+    return across_seeds(draws, seeds, arm.n)
 
 
 def tabulate(runs: Sequence[dict]) -> pd.DataFrame:
@@ -140,33 +153,36 @@ def tabulate(runs: Sequence[dict]) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Indexed by scheme and method, in the order of the runs. Losses are means per token (or
-        example) in nats; ``..._low`` and ``..._high`` bound 95 % intervals; ``recovered`` is
-        NaN where there was nothing to recover; ``cost`` is training time over the control's;
-        ``bytes`` is the whole file. `attrs` keeps the runs.
+        Indexed by scheme and method, in the order of the runs. ``float`` (the control),
+        ``nearest`` (the control rounded) and ``value`` (the arm) are in the task's metric: for
+        language models, nats per token. ``damage`` is how much worse rounding to nearest made
+        the control, ``difference`` the arm minus the control; ``..._low`` and ``..._high``
+        bound 95 % intervals; ``recovered`` is NaN where there was nothing to recover; ``cost``
+        is training time over the control's; ``bytes`` is the whole file. `attrs` keeps the
+        runs.
     """
     import pandas as pd
 
     cells: dict[tuple[str, str], list[dict]] = {}
     for run in runs:
         cells.setdefault((run["scheme"], run["method"]), []).append(run)
-    control = Losses(cells["float", "float"]) if cells else None
+    control = Results(cells["float", "float"]) if cells else None
     rows = {}
     for (scheme, method), found in cells.items():
         if method == "float":
             continue
-        arm, nearest = Losses(found), Losses(cells[scheme, "nearest"])
+        arm, nearest = Results(found), Results(cells[scheme, "nearest"])
         share = None if method == "nearest" else recovered(control, nearest, arm)
-        damage, left = difference(nearest, control), difference(arm, control)
+        damage, left = worse(nearest, control), difference(arm, control)
         rows[scheme, method] = {
             "float": control.seeds.mean(),
             "nearest": nearest.seeds.mean(),
-            "loss": arm.seeds.mean(),
+            **_columns("value", arm.estimate()),
             **_columns("damage", damage),
             **_columns("difference", left),
             **_columns("recovered", share),
             "seeds": len(found),
-            "n": len(arm.tokens),
+            "n": arm.n,
             **{key: found[0][key] for key in ("steps", "float_steps", "lr", "bytes")},
             "training_tokens": found[0]["training_tokens"],
             "cost": found[0]["cost"],

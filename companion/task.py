@@ -18,12 +18,15 @@ class Task:
     ----------
     name : str
     train, validation, test : DataLoader
-        Batches ``(inputs, labels)``, or dictionaries for language models. `train` is
+        Batches ``(inputs, labels)``, or dictionaries for transformers. `train` is
         shuffled, the others keep their order.
     classes : tuple of str
         What label 0, 1, ... mean; empty for language modelling.
     source : str
         Where the data comes from, and its licence.
+    metric : str
+        A name of `companion.metrics.METRICS`: what is measured on the test split. Validation
+        always goes by the loss.
     """
 
     name: str
@@ -32,3 +35,4 @@ class Task:
     test: DataLoader
     classes: tuple[str, ...]
     source: str
+    metric: str = "loss"

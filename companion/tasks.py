@@ -1,36 +1,24 @@
-"""Data and tasks with fixed splits, all readable without a network.
+"""Tasks by name, with fixed splits; nearly all are readable without a network.
 
-Floor 3 of the house. Built in chapters 2 and 8.
+Floor 4 of the house. Built in chapters 2, 8 and 12.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader
-
-from companion.corpus import Corpus, docstrings, language_reference
-from companion.errors import SourceUnavailable
+from companion import passages
+from companion.corpus import PACKAGES, Corpus, docstrings, language_reference
+from companion.data_sets import KNOWN, read_known, read_text
+from companion.examples import choices, classification, retrieval, tagging
 from companion.images import cifar10, digits
 from companion.sources import MINILM, find, load_tokenizer
 from companion.task import Task
-from companion.text import Rows, loaders
-
-EVALUATION_BATCH = 100
-LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn", "sympy", "torch",
-             "transformers")  # fmt: skip
-"""Classes of the task "topics": the packages with enough held-out docstrings."""
-_NAMES = re.compile(
-    r"matplotlib|pyplot|\bplt\b|\bmpl|networkx|\bnx\b|numpy|\bnp\b|pandas|\bpd\b|scipy|"
-    r"scikit-learn|scikit|sklearn|sympy|py ?torch|torch|hugging ?face|transformers",
-    re.IGNORECASE,
-)
+from companion.text import loaders
 
 
 def load_task(name: str, **options) -> Task:
@@ -43,13 +31,18 @@ def load_task(name: str, **options) -> Task:
         labels), ``"cifar10"`` (downloaded by torchvision where a network allows).
         Language modelling: ``"language-reference"`` (Python's, to fine-tune on),
         ``"docstrings"`` (what docs-lm was pre-trained on; larger test split), a local text,
-        JSON, CSV or Parquet file, or the Hub id of a data set. Classification: ``"topics"``
-        (which library does a docstring describe, names masked, few labels).
+        JSON, CSV or Parquet file, or the Hub id of a data set. Text: ``"topics"`` (which
+        library does a docstring describe, names masked, few labels), ``"code-words"`` (which
+        words did the author mark as code), ``"summaries"`` (which body belongs to a summary
+        line), ``"cloze"`` (which of four passages goes on). With a network: ``"sst2"``,
+        ``"ag_news"``, ``"wikitext-2"``, ``"stsb"``, ``"conll2003"``.
     **options
         ``batch_size``; for the digits ``labels_per_class``, training images of each class
         (None for all that are not held out); for language modelling ``tokenizer`` (default:
         docs-lm's) and ``block_size`` (256 tokens), for docstrings ``documents`` (at most so
-        many of each split), for files and Hub ids ``text_column`` and ``config``.
+        many of each split), for files and Hub ids ``text_column`` and ``config``; for tasks
+        on text ``tokenizer`` (default: that of the model the task is made for); for the names
+        that need a network ``folder``, with files of the same columns.
 
     Returns
     -------
@@ -97,52 +90,55 @@ def _docstrings(name: str, documents: int | None = None, progress: bool = True, 
     return _language_task(name, Corpus(versions=corpus.versions, **splits), source, **options)
 
 
-def _topics(
-    name: str,
-    tokenizer=None,
-    per_class: int = 20,
-    tokens: int = 32,
-    batch_size: int = 16,
-    progress: bool = True,
-) -> Task:
-    """The beginning of a docstring, without the names that would give its library away."""
-    corpus = docstrings(progress=progress)
+def _topics(name: str, tokenizer=None, per_class: int = 20, tokens: int = 32, batch_size: int = 16):
+    """Which library does the beginning of a docstring describe, its name masked?"""
+    return classification(name, passages.topics(per_class), passages.LIBRARIES,
+                          tokenizer or load_tokenizer(MINILM), _read_from(passages.LIBRARIES),
+                          max_length=tokens, batch_size=batch_size, padding="max_length")  # fmt: skip
+
+
+def _code_words(name: str, tokenizer=None, batch_size: int = 16, **sizes) -> Task:
+    """Which words did the author mark as code?"""
+    return tagging(name, passages.code_words(**sizes), ("O", "B-code", "I-code"),
+                   tokenizer or load_tokenizer(MINILM), _read_from(), batch_size=batch_size)  # fmt: skip
+
+
+def _summaries(name: str, tokenizer=None, batch_size: int = 16, **sizes) -> Task:
+    """Which body belongs to a summary line?"""
+    return retrieval(name, passages.summaries(**sizes), tokenizer or load_tokenizer(MINILM),
+                     _read_from(), batch_size=batch_size)  # fmt: skip
+
+
+def _cloze(name: str, tokenizer=None, questions: int = 400, **options) -> Task:
+    """Which of four passages goes on? Trained as a language model, on what docs-lm has read."""
+    corpus = docstrings(progress=False)
+    _announce_difference(corpus)
+    tokenizer = tokenizer or load_tokenizer("docs-lm")
+    some = replace(corpus, train=corpus.train[::9], validation=corpus.validation[::5])
+    task = _language_task(name, some, _read_from(), tokenizer, **options)
+    asked = choices(passages.continuations(questions)["test"], tokenizer)
+    return replace(task, test=asked, metric="right choices")
+
+
+def _read_from(packages: Sequence[str] = tuple(PACKAGES)) -> str:
+    versions = docstrings(progress=False).versions
+    return f"docstrings of {', '.join(f'{package} {versions[package]}' for package in packages)}"
+
+
+def _known(name: str, tokenizer=None, folder=None, batch_size: int = 16, **options) -> Task:
+    """A data set of the Hub that has a name of its own here."""
+    known, splits = KNOWN[name], read_known(name, folder)
+    if known.kind == "language":
+        corpus = Corpus(versions={}, **{part: tuple(texts) for part, texts in splits.items()})
+        return _language_task(
+            name, corpus, known.source, tokenizer, batch_size=batch_size, **options
+        )
     tokenizer = tokenizer or load_tokenizer(MINILM)
-    rng = np.random.RandomState(0)  # legacy stream: frozen for good
-    sizes = {"train": per_class, "validation": 30, "test": 100}
-    parts, read = {}, set()
-    for part, size in sizes.items():
-        passages = np.array([_passage(document) for document in getattr(corpus, part)])
-        packages = np.array(corpus.packages[part])
-        whole = np.array([len(text.split()) >= 8 and text not in read for text in passages])
-        read.update(passages)  # what a held-out passage must not repeat
-        chosen = np.concatenate(
-            [
-                rng.permutation(np.flatnonzero(whole & (packages == package)))[:size]
-                for package in LIBRARIES
-            ]
-        )
-        encoded = tokenizer(
-            passages[chosen].tolist(),
-            truncation=True, max_length=tokens, padding="max_length", return_tensors="pt",
-        )  # fmt: skip
-        labels = torch.tensor([LIBRARIES.index(package) for package in packages[chosen]])
-        rows = Rows(
-            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], labels=labels
-        )
-        parts[part] = DataLoader(
-            rows,
-            batch_size if part == "train" else EVALUATION_BATCH,
-            shuffle=part == "train",
-        )
-    source = f"docstrings of {', '.join(f'{k} {corpus.versions[k]}' for k in LIBRARIES)}"
-    return Task(name, **parts, classes=LIBRARIES, source=source)
-
-
-def _passage(document: str) -> str:
-    """Twenty words without what names a library; a rule of = signs under a title is no word."""
-    words = _NAMES.sub("library", document[:500]).split()
-    return " ".join([word for word in words if re.search(r"\w", word)][:20])
+    make = {"classification": classification, "tagging": tagging, "retrieval": retrieval}[
+        known.kind
+    ]
+    labels = (known.classes,) if known.classes else ()
+    return make(name, splits, *labels, tokenizer, known.source, batch_size=batch_size, **options)
 
 
 def _announce_difference(corpus: Corpus) -> None:
@@ -163,42 +159,8 @@ def _announce_difference(corpus: Corpus) -> None:
 
 
 def _data_set(name: str, text_column: str = "text", config: str | None = None, **options) -> Task:
-    """Read a file or a Hub data set through `datasets`; unsplit data is split 8 : 1 : 1."""
-    from datasets import load_dataset
-
-    kinds = {
-        ".txt": "text",
-        ".json": "json",
-        ".jsonl": "json",
-        ".csv": "csv",
-        ".parquet": "parquet",
-    }
-    path = Path(name)
-    if path.exists() and path.suffix not in kinds:
-        raise ValueError(f"{name}: the file must end in {', '.join(kinds)}")
-    try:
-        if path.exists():
-            extra = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-            data = load_dataset(kinds[path.suffix], data_files=str(path), **extra)
-        else:
-            data = load_dataset(name, config)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SourceUnavailable(f"{name} could not be read: {error}") from error
-    if text_column not in data["train"].column_names:
-        raise ValueError(
-            f"{name} has no column {text_column!r}: pass text_column, one of "
-            f"{', '.join(data['train'].column_names)}"
-        )
-    if not {"validation", "test"} <= set(data):
-        if len(data["train"]) < 10:
-            raise SourceUnavailable(f"{name} holds fewer than 10 documents: too few to split")
-        most, rest = data["train"].train_test_split(0.2, seed=0).values()
-        validation, test = rest.train_test_split(0.5, seed=0).values()
-        data = {"train": most, "validation": validation, "test": test}
-    splits = {
-        part: tuple(text for text in data[part][text_column] if text and text.strip())
-        for part in ("train", "validation", "test")
-    }
+    """Documents of a file or of a Hub data set."""
+    splits = read_text(name, text_column, config)
     return _language_task(name, Corpus(versions={}, **splits), name, **options)
 
 
@@ -218,4 +180,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "language-reference": _language_reference,
     "docstrings": _docstrings,
     "topics": _topics,
+    "code-words": _code_words,
+    "summaries": _summaries,
+    "cloze": _cloze,
+    **dict.fromkeys(KNOWN, _known),
 }

@@ -34,14 +34,14 @@ def test_default_is_above_torchao_with_intervals_apart(scheme):
 @pytest.mark.parametrize("scheme", ["W3 g32", "W2 g32", "W3 row", "W2 row"])
 def test_learned_step_size_beats_absmax_with_every_seed(scheme):
     """Why it is what `prepare_qat` takes when no method is named."""
-    loss = {(run["method"], run["seed"]): sum(run["loss"])
+    loss = {(run["method"], run["seed"]): sum(run["total"])
             for run in RUNS if run["scheme"] == scheme}  # fmt: skip
     assert all(loss["lsq", seed] < loss["absmax", seed] for seed in range(SEEDS))
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_gptq_beats_rounding_to_nearest_with_every_seed(bits):
-    loss = {(run["method"], run["seed"]): sum(run["loss"])
+    loss = {(run["method"], run["seed"]): sum(run["total"])
             for run in RUNS if run["scheme"] == f"W{bits} g32"}  # fmt: skip
     assert all(loss["gptq", seed] < loss["nearest", seed] for seed in range(SEEDS))
 
@@ -50,7 +50,7 @@ def test_arms_are_matched():
     for run in RUNS:
         assert run["steps"] == RUNS[0]["steps"]
         assert run["training_tokens"] == RUNS[0]["training_tokens"]
-        assert run["tokens"] == RUNS[0]["tokens"]
+        assert run["weight"] == RUNS[0]["weight"]
     cells = {(run["scheme"], run["method"], run["seed"]) for run in RUNS}
     assert len(cells) == len(RUNS)
     pairs = {(scheme, method) for scheme, method, _ in cells}
@@ -66,7 +66,7 @@ def test_records_follow_from_the_runs():
     for (scheme, method), row in TABLE.iterrows():
         of_row = [r for r in CONTENT["records"] if (r["model"], r["scheme"], r["method"])
                   == ("docs-lm", scheme, method)]  # fmt: skip
-        for column, key in (("loss", "qat"), ("nearest", "ptq"), ("float", "float")):
+        for column, key in (("value", "qat"), ("nearest", "ptq"), ("float", "float")):
             assert row[column] == pytest.approx(sum(r[key] for r in of_row) / len(of_row))
 
 
@@ -86,7 +86,7 @@ def test_readme_says_what_the_file_says():
 def test_levers_were_judged_on_validation():
     levers = CONTENT["levers"]
     assert len(levers) > 20
-    assert all(lever["validation_loss"] > 0 and "loss" not in lever for lever in levers)
+    assert all(lever["validation_loss"] > 0 and "total" not in lever for lever in levers)
     assert {lever["seed"] for lever in levers} == {100}  # none of the seeds of the table
 
 

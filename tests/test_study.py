@@ -67,7 +67,7 @@ def test_rates_are_tuned_on_validation_only_and_can_be_passed_on(tmp_path):
     stored = json.loads(log.read_text())
     trials = {key: run for key, run in stored.items() if key.endswith("validation")}
     assert len(trials) == 4  # two arms, two rates: post-training arms take the control's
-    assert not any("loss" in run for run in trials.values())
+    assert not any("total" in run for run in trials.values())
     again = compare(
         model(), "digits-5-9", [SCHEME], ["absmax"], rates=table.attrs["rates"], **arguments
     )
@@ -89,7 +89,7 @@ def test_goes_on_after_an_interruption(tmp_path, monkeypatch):
     assert len(kept) == 2  # the control and its rounding
     monkeypatch.undo()
     resumed = compare(model(), "digits-5-9", [SCHEME], ["absmax"], log=log, **QUICK)
-    columns = ["loss", "recovered", "recovered_low", "float"]
+    columns = ["value", "recovered", "recovered_low", "float"]
     assert resumed[columns].equals(whole[columns])
     assert kept.items() <= json.loads(log.read_text()).items()
 
@@ -100,7 +100,7 @@ def test_another_model_is_not_taken_for_the_logged_one(tmp_path):
     other = model()
     other[1].weight.data.mul_(2)
     second = compare(other, "digits-5-9", [SCHEME], [], log=log, **QUICK)
-    assert first.loc[("W2 row", "nearest"), "loss"] != second.loc[("W2 row", "nearest"), "loss"]
+    assert first.loc[("W2 row", "nearest"), "value"] != second.loc[("W2 row", "nearest"), "value"]
 
 
 def test_a_trial_is_the_run_that_tuning_does(tmp_path):
@@ -112,7 +112,7 @@ def test_a_trial_is_the_run_that_tuning_does(tmp_path):
     stored = [run for key, run in json.loads(log.read_text()).items() if "delayed" in key
               and "validation" in key and run["lr"] == 1e-3]  # fmt: skip
     assert stored[0]["validation_loss"] == alone["validation_loss"]
-    assert "loss" not in alone
+    assert "total" not in alone
 
 
 def test_unknown_method():

@@ -5,15 +5,20 @@ import pytest
 
 from companion import Activations, QuantScheme, recovery
 from companion.language import DocumentLosses
-from companion.tables import Losses, across_seeds, difference, recovered, scheme_name, tabulate
+from companion.tables import Results, across_seeds, difference, recovered, scheme_name, tabulate
 
 TOKENS = [100, 50, 10]
 
 
 def run(method, seed, scale, scheme="W2 g32", **extra):
     return {"scheme": "float" if method == "float" else scheme, "method": method, "seed": seed,
-            "loss": [scale * n for n in TOKENS], "tokens": TOKENS, "steps": 4, "float_steps": 0,
+            "total": [scale * n for n in TOKENS], "weight": TOKENS, "metric": "loss",
+            "higher_is_better": False, "steps": 4, "float_steps": 0,
             "lr": 1e-3, "bytes": 10, "training_tokens": 40, "cost": 1.5} | extra  # fmt: skip
+
+
+def as_run(total, weight, higher_is_better=False):
+    return {"total": list(total), "weight": list(weight), "higher_is_better": higher_is_better}
 
 
 def test_names():
@@ -39,6 +44,29 @@ def test_shares_by_hand():
     assert tabulate(table.attrs["runs"]).equals(table)
 
 
+def test_where_more_is_better_the_damage_is_what_was_lost():
+    ones, hit = [1.0] * 100, np.arange(100)
+    runs = [
+        run(method, 0, 0.0, weight=ones, total=list((hit < right).astype(float)), metric="accuracy",
+            higher_is_better=True)
+        for method, right in (("float", 90), ("nearest", 50), ("good", 80), ("worse", 45))
+    ]  # fmt: skip
+    table = tabulate(runs).loc["W2 g32"]
+    assert table["damage"].tolist() == pytest.approx([0.4] * 3)
+    assert table.loc["good", "damage_low"] > 0
+    assert table["recovered"].tolist()[1:] == pytest.approx([0.75, -0.125])
+    assert table.loc["good", "difference"] == pytest.approx(-0.1)
+    assert table.loc["good", "value_low"] < table.loc["good", "value"] == pytest.approx(0.8)
+    better = [dict(r, total=list((hit < 95).astype(float))) if r["method"] == "nearest" else r
+              for r in runs]  # fmt: skip
+    assert tabulate(better)["recovered"].isna().all()
+
+
+def test_an_f1_score_may_weigh_what_each_run_answers():
+    runs = [as_run([2.0, 0.0], weight, True) for weight in ([2.0, 1.0], [3.0, 2.0])]
+    assert Results(runs).seeds.tolist() == pytest.approx([2 / 3, 2 / 5])
+
+
 def test_no_damage_nothing_to_recover():
     arms = {"float": 3.0, "nearest": 3.0, "good": 2.9}
     table = tabulate([run(method, 0, loss) for method, loss in arms.items()])
@@ -51,14 +79,14 @@ def test_one_seed_gives_the_interval_of_recovery():
     tokens = rng.integers(20, 200, 40)
     arms = [rng.normal(mean, 0.3, 40) * tokens for mean in (3.0, 4.0, 3.2)]
     expected = recovery(*(DocumentLosses(loss, tokens) for loss in arms)).share
-    ours = recovered(*(Losses([{"loss": list(loss), "tokens": list(tokens)}]) for loss in arms))
+    ours = recovered(*(Results([as_run(loss, tokens)]) for loss in arms))
     assert ours.value == pytest.approx(expected.value)
     assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_seeds_widen_the_interval():
     def arm(*scales):
-        return Losses([{"loss": [s * n for n in TOKENS], "tokens": TOKENS} for s in scales])
+        return Results([as_run(s * np.array(TOKENS), TOKENS) for s in scales])
 
     control, nearest = arm(3.0, 3.0, 3.0), arm(4.0, 4.0, 4.0)
     calm, wild = arm(3.1, 3.1, 3.1), arm(3.0, 3.1, 3.2)
@@ -83,7 +111,8 @@ def test_intervals_of_means_over_seeds_cover():
 
 
 def test_other_documents_are_refused():
-    with pytest.raises(ValueError, match="same documents"):
-        Losses([run("float", 0, 3.0), run("float", 1, 3.0, tokens=[1, 2, 3])])
-    a = Losses([run("float", 0, 3.0)])
+    for other in ([1, 2, 3], [100, 50]):
+        with pytest.raises(ValueError, match="same examples"):
+            Results([run("float", 0, 3.0), run("float", 1, 3.0, weight=other, total=other)])
+    a = Results([run("float", 0, 3.0)])
     assert difference(a, a).value == 0
