@@ -42,7 +42,7 @@ def make_qconfig(weight_bits: int, backend: str, ao) -> Any:
     observer = ao.MovingAverageMinMaxObserver
     return ao.QConfig(
         activation=ao.FakeQuantize.with_args(
-            observer=_half_range(observer) if backend in ("x86", "fbgemm") else observer,
+            observer=observer if backend == "qnnpack" else _half_range(observer),
             quant_min=0,
             quant_max=255,
             dtype=torch.quint8,
