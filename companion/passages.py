@@ -96,7 +96,7 @@ def topics(per_class: int = 20) -> dict[str, tuple[Topic, ...]]:
 
 
 @cache
-def summaries(pairs: int = 4000) -> dict[str, tuple[Pair, ...]]:
+def summaries(pairs: int = 2000) -> dict[str, tuple[Pair, ...]]:
     """Summary lines, each with the beginning of the body that belongs to it.
 
     Parameters
@@ -121,11 +121,12 @@ def summaries(pairs: int = 4000) -> dict[str, tuple[Pair, ...]]:
     train = _drawn(found["train"], pairs + BODIES)
     others = [Pair(None, body) for _, body in (*found["validation"], *train[pairs:])]
     test = (*found["test"], *others)[:BODIES]
-    return {"train": train[:pairs], "validation": found["validation"], "test": tuple(test)}
+    validation = _drawn(found["validation"], 128)
+    return {"train": train[:pairs], "validation": validation, "test": tuple(test)}
 
 
 @cache
-def code_words(passages: int = 1000, held_out: int = 600) -> dict[str, tuple[Tagged, ...]]:
+def code_words(passages: int = 1000, held_out: int = 500) -> dict[str, tuple[Tagged, ...]]:
     """Prose whose authors marked some words as code, the marks taken away.
 
     Parameters
@@ -133,7 +134,7 @@ def code_words(passages: int = 1000, held_out: int = 600) -> dict[str, tuple[Tag
     passages : int
         To train on.
     held_out : int
-        At most so many for test, and half of that for validation.
+        At most so many for test, and a fifth of that for validation.
 
     Examples
     --------
@@ -143,7 +144,7 @@ def code_words(passages: int = 1000, held_out: int = 600) -> dict[str, tuple[Tag
     """
     corpus = docstrings(progress=False)
     found = _distinct(corpus, _tagged, lambda tagged: [" ".join(tagged.words)])
-    sizes = {"train": passages, "validation": held_out // 2, "test": held_out}
+    sizes = {"train": passages, "validation": held_out // 5, "test": held_out}
     return {part: _drawn(found[part], size) for part, size in sizes.items()}
 
 
@@ -187,12 +188,12 @@ def _passage(document: str) -> str:
 
 
 def _pair(document: str) -> Iterable[Pair]:
-    """The summary line (a whole paragraph of 5 to 30 words), and 40 words of what follows it."""
+    """The summary line (a whole paragraph of 5 to 30 words), and 20 words of what follows it."""
     paragraphs = re.split(r"\n\s*\n", document.strip(), maxsplit=1)
     if len(paragraphs) == 2:
         summary, body = (text.split() for text in paragraphs)
         if 5 <= len(summary) <= 30 and len(body) >= 20:
-            yield Pair(" ".join(summary), " ".join(body[:40]))
+            yield Pair(" ".join(summary), " ".join(body[:20]))
 
 
 def _tagged(document: str) -> Iterable[Tagged]:

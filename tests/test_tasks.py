@@ -1,13 +1,15 @@
 import json
-import re
 
 import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
 
 from companion import load_task
+from companion.corpus import docstrings
 from companion.errors import SourceUnavailable
+from companion.metrics import METRICS
 from companion.sources import load_tokenizer
 from companion.text import IGNORED
 
@@ -101,21 +103,31 @@ def test_language_tasks_use_the_text_they_name():
     assert task.classes == reference.classes == ()
 
 
-def test_topics_hide_the_names_and_keep_the_splits_apart():
+def test_tasks_on_text_say_what_they_measure():
+    metrics = {"topics": "accuracy", "code-words": "span F1", "summaries": "recall@1",
+               "cloze": "right choices", "language-reference": "loss"}  # fmt: skip
+    for name, metric in metrics.items():
+        task = load_task(name)
+        assert (task.name, task.metric) == (name, metric)
+        assert metric in METRICS
+        assert "python" in task.source.lower() or "torch" in task.source
+
+
+def test_topics_are_padded_alike_and_drawn_as_they_always_were():
     task = load_task("topics")
-    tokenizer = load_tokenizer("sentence-transformers/all-MiniLM-L6-v2")
-    rows = {part: getattr(task, part).dataset.columns for part in ("train", "validation", "test")}
-    assert torch.bincount(rows["train"]["labels"]).tolist() == [20] * len(task.classes)
-    assert rows["train"]["input_ids"].shape == (20 * len(task.classes), 32)
-    texts = {
-        part: [tokenizer.decode(ids, skip_special_tokens=True) for ids in columns["input_ids"]]
-        for part, columns in rows.items()
-    }
-    assert not set(texts["test"]) & set(texts["train"])
-    assert all(len(re.findall(r"[a-z]+", text)) >= 3 for text in texts["train"] + texts["test"])
-    for text in texts["train"] + texts["test"]:
-        assert not re.search(r"numpy|pandas|scipy|sklearn|torch|sympy|networkx|matplotlib|hugging",
-                             text)  # fmt: skip
-    again = load_task("topics").train.dataset.columns["input_ids"]
-    assert torch.equal(again, rows["train"]["input_ids"])
-    assert task.classes[int(rows["test"]["labels"][0])] == "matplotlib"
+    torch.manual_seed(0)
+    labels = torch.cat([batch["labels"] for batch in task.train])
+    torch.manual_seed(0)
+    rows = [row["labels"] for row in task.train.dataset]
+    plain = torch.cat(list(DataLoader(rows, 16, shuffle=True)))
+    assert torch.equal(labels, plain)
+    assert {batch["input_ids"].shape[1] for batch in task.train} == {32}
+    assert task.classes[int(next(iter(task.test))["labels"][0])] == "matplotlib"
+
+
+def test_cloze_trains_on_what_docs_lm_has_read():
+    task = load_task("cloze", questions=5)
+    assert len(next(iter(task.test))["labels"]) == 20
+    tokenizer, read = load_tokenizer(), docstrings(progress=False).train
+    text = tokenizer.decode(task.train.dataset[0]["input_ids"])
+    assert any(document[:60] in text for document in read[::9])
