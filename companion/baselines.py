@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from companion import passages
 from companion.corpus import docstrings, language_reference
 from companion.evaluate import Scores
 from companion.metrics import first_is_best, hits, span_f1
+from companion.passages import code_words, continuations, summaries, topics
 from companion.sources import load_tokenizer
 from companion.text import Trigram, encode
 
@@ -32,7 +32,7 @@ def trigram(read: Iterable[Sequence[str]], tokenizer) -> Trigram:
     return Trigram.train(documents, len(tokenizer), tokenizer.bos_token_id)
 
 
-def language_model() -> Scores:
+def trigram_loss() -> Scores:
     """Kneser-Ney trigram of the training split of the language reference, and of all docstrings."""
     tokenizer, reference = load_tokenizer("docs-lm"), language_reference()
     model = trigram([docstrings(progress=False).train, reference.train], tokenizer)
@@ -40,12 +40,12 @@ def language_model() -> Scores:
     return Scores(model.losses(test, tokenizer.bos_token_id), np.array([len(t) for t in test]))
 
 
-def cloze() -> Scores:
+def trigram_choice() -> Scores:
     """The same trigram's choice among four continuations."""
     tokenizer = load_tokenizer("docs-lm")
     model = trigram([docstrings(progress=False).train], tokenizer)
     losses = []
-    for context, options in passages.continuations()["test"]:
+    for context, options in continuations()["test"]:
         before = encode([context], tokenizer)[0]
         after = encode([" " + option for option in options], tokenizer)
         whole = model.losses([before + tokens for tokens in after], tokenizer.bos_token_id)
@@ -54,7 +54,7 @@ def cloze() -> Scores:
     return hits(first_is_best(np.array(losses)))
 
 
-def topics() -> Scores:
+def tfidf() -> Scores:
     """TF-IDF of words and pairs of words, with logistic regression, on the same labels.
 
     The strength of the regularisation is chosen on validation.
@@ -62,9 +62,7 @@ def topics() -> Scores:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    parts = {
-        part: tuple(zip(*examples, strict=True)) for part, examples in passages.topics().items()
-    }
+    parts = {part: tuple(zip(*examples, strict=True)) for part, examples in topics().items()}
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     train = vectorizer.fit_transform(parts["train"][0])
     held_out = {part: vectorizer.transform(parts[part][0]) for part in ("validation", "test")}
@@ -76,11 +74,11 @@ def topics() -> Scores:
     return hits(best.predict(held_out["test"]) == parts["test"][1])
 
 
-def summaries() -> Scores:
+def bm25() -> Scores:
     """BM25 of the summary line's words (Robertson and Zaragoza, 2009)."""
     import bm25s
 
-    pairs = passages.summaries()["test"]
+    pairs = summaries()["test"]
     tokens = bm25s.tokenize([pair.body for pair in pairs], show_progress=False)
     index = bm25s.BM25()
     index.index(tokens, show_progress=False)
@@ -90,9 +88,9 @@ def summaries() -> Scores:
     return hits(found[:, 0] == asked)
 
 
-def code_words() -> Scores:
+def usual_tag() -> Scores:
     """The usual tag of a word in training; a rule of characters for words that were not seen."""
-    parts = passages.code_words()
+    parts = code_words()
     counts: dict[str, Counter] = {}
     for words, tags in parts["train"]:
         for word, tag in zip(words, tags, strict=True):
@@ -123,10 +121,10 @@ def _bare(word: str) -> str:
 
 
 BASELINES: dict[str, tuple[str, Callable[[], Scores]]] = {
-    "language-reference": ("Kneser-Ney trigram", language_model),
-    "cloze": ("Kneser-Ney trigram", cloze),
-    "topics": ("TF-IDF and logistic regression", topics),
-    "summaries": ("BM25", summaries),
-    "code-words": ("usual tag, or a rule of characters", code_words),
+    "language-reference": ("Kneser-Ney trigram", trigram_loss),
+    "cloze": ("Kneser-Ney trigram", trigram_choice),
+    "topics": ("TF-IDF and logistic regression", tfidf),
+    "summaries": ("BM25", bm25),
+    "code-words": ("usual tag, or a rule of characters", usual_tag),
 }
 """By the name of the task: what it is called, and the function that scores its test split."""

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from companion import passages
 from companion.corpus import PACKAGES, Corpus, docstrings, language_reference
 from companion.data_sets import KNOWN, read_known, read_text
 from companion.examples import choices, classification, retrieval, tagging
 from companion.images import cifar10, digits
+from companion.passages import LIBRARIES, code_words, continuations, summaries, topics
 from companion.sources import MINILM, find, load_tokenizer
 from companion.task import Task
 from companion.text import loaders
@@ -92,20 +92,20 @@ def _docstrings(name: str, documents: int | None = None, progress: bool = True, 
 
 def _topics(name: str, tokenizer=None, per_class: int = 20, tokens: int = 32, batch_size: int = 16):
     """Which library does the beginning of a docstring describe, its name masked?"""
-    return classification(name, passages.topics(per_class), passages.LIBRARIES,
-                          tokenizer or load_tokenizer(MINILM), _read_from(passages.LIBRARIES),
+    return classification(name, topics(per_class), LIBRARIES,
+                          tokenizer or load_tokenizer(MINILM), _read_from(LIBRARIES),
                           max_length=tokens, batch_size=batch_size, padding="max_length")  # fmt: skip
 
 
 def _code_words(name: str, tokenizer=None, batch_size: int = 16, **sizes) -> Task:
     """Which words did the author mark as code?"""
-    return tagging(name, passages.code_words(**sizes), ("O", "B-code", "I-code"),
+    return tagging(name, code_words(**sizes), ("O", "B-code", "I-code"),
                    tokenizer or load_tokenizer(MINILM), _read_from(), batch_size=batch_size)  # fmt: skip
 
 
 def _summaries(name: str, tokenizer=None, batch_size: int = 16, **sizes) -> Task:
     """Which body belongs to a summary line?"""
-    return retrieval(name, passages.summaries(**sizes), tokenizer or load_tokenizer(MINILM),
+    return retrieval(name, summaries(**sizes), tokenizer or load_tokenizer(MINILM),
                      _read_from(), batch_size=batch_size)  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def _cloze(name: str, tokenizer=None, questions: int = 400, **options) -> Task:
     tokenizer = tokenizer or load_tokenizer("docs-lm")
     some = replace(corpus, train=corpus.train[::9], validation=corpus.validation[::20])
     task = _language_task(name, some, _read_from(), tokenizer, **options)
-    asked = choices(passages.continuations(questions)["test"], tokenizer)
+    asked = choices(continuations(questions)["test"], tokenizer)
     return replace(task, test=asked, metric="right choices")
 
 

@@ -22,6 +22,7 @@ FLOORS = {
     "evaluate": 1,
     "cost": 1,
     "plots": 1,
+    "panels": 2,
     "losses": 1,
     "task": 1,
     "smooth": 1,
