@@ -1,7 +1,8 @@
 """From labelled text to loaders: classification, tagging, retrieval, multiple choice.
 
 Rows are padded to the longest of their batch; batches for training are drawn by length with the
-shuffle of `fit`, those to measure on are sorted by length. Floor 3 of the house. Built in
+shuffle of `fit`, those to measure on are sorted by length; their ``document`` is the place that an
+example had, and results come in that order. Floor 3 of the house. Built in
 chapter 12.
 """
 
@@ -234,6 +235,7 @@ def _loaders(
         order = {"sampler": ByLength(lengths, batch_size)}
     loaders = {"train": DataLoader(train, batch_size, collate_fn=collate_fn, **order)}
     for part, held_out in (("validation", validation), ("test", test)):
-        held_out.sort(key=_length)
-        loaders[part] = DataLoader(held_out, evaluation_batch, collate_fn=collate_fn)
+        numbered = [row | {"document": number} for number, row in enumerate(held_out)]
+        numbered.sort(key=_length)
+        loaders[part] = DataLoader(numbered, evaluation_batch, collate_fn=collate_fn)
     return loaders

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from companion.errors import EmptyLoader
 from companion.evaluate import TAILS, Estimate, Scores, resamples
@@ -188,8 +188,9 @@ def _loss(model: nn.Module, task) -> Measured:
 
 
 def _accuracy(model: nn.Module, task) -> Measured:
-    pairs = [(logits.argmax(-1), batch["labels"]) for logits, batch in _answers(model, task.test)]
-    given, true = (torch.cat(side).numpy() for side in zip(*pairs, strict=True))
+    given, true = (np.array(side) for side in zip(*(
+        (int(scores.argmax()), int(label)) for scores, label in _answers(model, task.test)
+    ), strict=True))  # fmt: skip
     return Measured(hits(given == true), {"macro-F1": macro_f1(given, true)})
 
 
@@ -217,48 +218,53 @@ def first_is_best(losses: np.ndarray) -> np.ndarray:
 
 def _span_f1(model: nn.Module, task) -> Measured:
     given, true = [], []
-    for logits, batch in _answers(model, task.test):
-        for answers, labels in zip(logits.argmax(-1), batch["labels"], strict=True):
-            scored = labels != IGNORED
-            given.append([task.classes[i] for i in answers[scored]])
-            true.append([task.classes[i] for i in labels[scored]])
+    for scores, labels in _answers(model, task.test):
+        scored = labels != IGNORED
+        given.append([task.classes[i] for i in scores.argmax(-1)[scored]])
+        true.append([task.classes[i] for i in labels[scored]])
     return Measured(span_f1(given, true))
 
 
-@torch.no_grad()
 def _recall(model: nn.Module, task) -> Measured:
     """Rank of the own text among all texts of the split; equal scores count against it."""
-    queries, texts, asked = [], [], []
-    was_training = model.training
-    model.eval()
-    for batch in task.test:
-        batch = _on_device(model, batch)
-        queries.append(model.embed(batch["input_ids"], batch["attention_mask"]).cpu())
-        texts.append(model.embed(batch["body_input_ids"], batch["body_attention_mask"]).cpu())
-        asked.append(batch["labels"].cpu() != IGNORED)
-    model.train(was_training)
-    if not texts:
-        raise EmptyLoader("the loader gave no batch to evaluate on: is the data set empty?")
-    scores = (torch.cat(queries) @ torch.cat(texts).T)[torch.cat(asked)]
-    own = torch.cat(asked).nonzero()[:, 0]
-    ranks = (scores >= scores.gather(1, own[:, None])).sum(1).numpy()
+
+    def embed(batch: Mapping) -> Iterable[tuple[Tensor, ...]]:
+        queries = model.embed(batch["input_ids"], batch["attention_mask"])
+        texts = model.embed(batch["body_input_ids"], batch["body_attention_mask"])
+        return zip(queries.cpu(), texts.cpu(), batch["labels"].cpu() != IGNORED, strict=True)
+
+    queries, texts, asked = map(torch.stack, zip(*_by_row(model, task.test, embed), strict=True))
+    own = asked.nonzero()
+    scores = queries[asked] @ texts.T
+    ranks = (scores >= scores.gather(1, own)).sum(1).numpy()
     return Measured(hits(ranks == 1),
                     {"recall@10": recall_at(10, ranks), "MRR": reciprocal_rank(ranks)})  # fmt: skip
 
 
+def _answers(model: nn.Module, loader: Iterable) -> list[tuple[Tensor, Tensor]]:
+    """The model's scores for each example, with its labels."""
+
+    def answer(batch: Mapping) -> Iterable[tuple[Tensor, Tensor]]:
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "document")}
+        return zip(model(**inputs).logits.cpu(), batch["labels"].cpu(), strict=True)
+
+    return _by_row(model, loader, answer)
+
+
 @torch.no_grad()
-def _answers(model: nn.Module, loader: Iterable) -> list[tuple[torch.Tensor, dict]]:
-    """The model's scores for each batch, in eval mode."""
+def _by_row(model: nn.Module, loader: Iterable, read: Callable[[Mapping], Iterable]) -> list:
+    """What a function reads off each batch in eval mode, in the order the examples had."""
     was_training = model.training
     model.eval()
-    answers = []
+    places, found = [], []
     for batch in loader:
-        inputs = {k: v for k, v in _on_device(model, batch).items() if k != "labels"}
-        answers.append((model(**inputs).logits.cpu(), batch))
+        found += read(_on_device(model, batch))
+        rows = torch.arange(len(places), len(places) + len(batch["labels"]))
+        places += batch.get("document", rows).tolist()
     model.train(was_training)
-    if not answers:
+    if not found:
         raise EmptyLoader("the loader gave no batch to evaluate on: is the data set empty?")
-    return answers
+    return [found[row] for row in np.argsort(places)]
 
 
 def _on_device(model: nn.Module, batch: Mapping) -> dict:

@@ -93,6 +93,13 @@ def test_a_summary_is_labelled_by_the_place_of_its_body(tokenizer):
     assert again["labels"].tolist() == [IGNORED, IGNORED]
 
 
+def test_held_out_examples_are_sorted_by_length_and_know_their_place(tokenizer):
+    examples = [(text, 0) for text in (TEXTS[3], TEXTS[0], TEXTS[2])]
+    (batch,) = classification("t", splits(examples), ("a",), tokenizer, "here").test
+    assert batch["document"].tolist() == [1, 2, 0]
+    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == TEXTS[0]
+
+
 def test_only_the_way_on_is_scored():
     tokenizer = load_tokenizer("docs-lm")
     (batch,) = choices([("The value", ("of the array", "is", "x y", "and so on"))], tokenizer)

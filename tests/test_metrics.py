@@ -117,6 +117,16 @@ def test_accuracy_of_known_answers():
     assert found.also["macro-F1"].value == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
+def test_scores_come_in_the_order_that_the_examples_had():
+    test = [
+        {"input_ids": torch.tensor([0]), "labels": torch.tensor([0]), "document": torch.tensor([2])},
+        {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 1]),
+         "document": torch.tensor([0, 1])},
+    ]  # fmt: skip
+    found = METRICS["accuracy"].measure(Answers(), task(test, "accuracy"))
+    assert found.scores.total.tolist() == [1, 0, 1]
+
+
 def test_span_f1_of_known_answers_leaves_unscored_tokens_out():
     test = [{"input_ids": torch.tensor([[1, 2, 0, 1]]),
              "labels": torch.tensor([[1, IGNORED, 0, 0]])}]  # fmt: skip
