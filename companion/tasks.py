@@ -114,7 +114,7 @@ def _cloze(name: str, tokenizer=None, questions: int = 400, **options) -> Task:
     corpus = docstrings(progress=False)
     _announce_difference(corpus)
     tokenizer = tokenizer or load_tokenizer("docs-lm")
-    some = replace(corpus, train=corpus.train[::9], validation=corpus.validation[::20])
+    some = replace(corpus, train=corpus.train[::9], validation=corpus.validation[::60])
     task = _language_task(name, some, _read_from(), tokenizer, **options)
     asked = choices(continuations(questions)["test"], tokenizer)
     return replace(task, test=asked, metric="right choices")
