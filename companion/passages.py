@@ -149,7 +149,7 @@ def code_words(passages: int = 1000, held_out: int = 500) -> dict[str, tuple[Tag
 
 
 @cache
-def continuations(questions: int = 400) -> dict[str, tuple[Question, ...]]:
+def continuations(questions: int = 1000) -> dict[str, tuple[Question, ...]]:
     """Beginnings of docstrings, each with its true continuation and three of the same package.
 
     Parameters
@@ -227,9 +227,9 @@ def _without_marks(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _cut(document: str) -> tuple[str, str] | None:
-    """24 words, and the 12 that follow."""
+    """24 words, and the 4 that follow; a longer way on would tell less of whether they fit."""
     words = document.split()
-    return (" ".join(words[:24]), " ".join(words[24:36])) if len(words) >= 36 else None
+    return (" ".join(words[:24]), " ".join(words[24:28])) if len(words) >= 28 else None
 
 
 def _distinct(

@@ -109,8 +109,8 @@ def _summaries(name: str, tokenizer=None, batch_size: int = 16, **sizes) -> Task
                      _read_from(), batch_size=batch_size)  # fmt: skip
 
 
-def _cloze(name: str, tokenizer=None, questions: int = 400, **options) -> Task:
-    """Which of four passages goes on? Trained as a language model, on what docs-lm has read."""
+def _cloze(name: str, tokenizer=None, questions: int = 1000, **options) -> Task:
+    """Which of four ways to go on is the author's? Trained as a language model, on what docs-lm has read."""
     corpus = docstrings(progress=False)
     _announce_difference(corpus)
     tokenizer = tokenizer or load_tokenizer("docs-lm")
