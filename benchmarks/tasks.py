@@ -1,6 +1,6 @@
 """Five language tasks: what rounding costs each, and what training under rounding gives back.
 
-    python -m benchmarks.tasks                   (about two hours on two cores)    
+    python -m benchmarks.tasks                   (about two hours on two cores)
     python -m benchmarks.tasks topics cloze      (only these; the others keep what the file has)
 
 Float control, post-training and quantization-aware training from the same start, at equal steps.
