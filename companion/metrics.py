@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from companion.errors import EmptyLoader
 from companion.evaluate import TAILS, Estimate, Scores, resamples
 from companion.language import document_losses
-from companion.text import IGNORED
-
-CHOICES = 4
-"""Ways to go on that a question of the cloze task offers."""
+from companion.text import CHOICES, IGNORED
 
 
 @dataclass(frozen=True)

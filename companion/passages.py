@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from companion.corpus import Corpus, docstrings
+from companion.text import CHOICES
 
 LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn", "sympy", "torch",
              "transformers")  # fmt: skip
 """Classes of the task "topics": the packages with enough held-out docstrings."""
 BODIES = 1000
 """Among so many bodies a summary line has to find its own."""
-CHOICES = 4
 PARTS = ("train", "validation", "test")
 _NAMES = re.compile(
     r"matplotlib|pyplot|\bplt\b|\bmpl|networkx|\bnx\b|numpy|\bnp\b|pandas|\bpd\b|scipy|"

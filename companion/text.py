@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from companion.errors import SourceUnavailable
 
 IGNORED = -100  # the label that transformers leaves out of the loss
+CHOICES = 4  # ways to go on that a question of the cloze task offers
 
 
 class Rows(Dataset):

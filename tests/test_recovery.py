@@ -46,6 +46,15 @@ def test_gptq_beats_rounding_to_nearest_with_every_seed(bits):
     assert all(loss["gptq", seed] < loss["nearest", seed] for seed in range(SEEDS))
 
 
+@pytest.mark.parametrize("scheme", ["W2 g32", "W3 row"])
+def test_where_the_float_model_still_learns_the_default_is_behind_gptq(scheme):
+    """Chapter 11: with MiniLM and a hundred steps the order turns around."""
+    rows = tabulate([run for run in CONTENT["runs"] if run["model"] != "docs-lm"]).loc[scheme]
+    assert rows.loc["default", "recovered_high"] < rows.loc["gptq", "recovered_low"]
+    for arm in ("absmax", "torchao"):
+        assert rows.loc[arm, "difference_low"] < 0 < rows.loc[arm, "difference_high"]
+
+
 def test_arms_are_matched():
     for run in RUNS:
         assert run["steps"] == RUNS[0]["steps"]
