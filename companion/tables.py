@@ -138,8 +138,10 @@ def recovered(control: Results, nearest: Results, arm: Results) -> Estimate | No
     share = 1 - left.mean() / damage.mean()
     # What each seed adds to a ratio of means, to first order; their mean is the share itself.
     seeds = 1 - (left - (1 - share) * (damage - damage.mean())) / damage.mean()
-    draws = (nearest.resampled() - arm.resampled()) / (nearest.resampled() - control.resampled())
-    return across_seeds(draws, seeds, arm.n)
+    back = nearest.resampled() - arm.resampled()
+    lost = nearest.resampled() - control.resampled()
+    damaged = lost != 0  # a resample without damage has no share
+    return across_seeds(back[damaged] / lost[damaged], seeds, arm.n)
 
 
 def tabulate(runs: Sequence[dict]) -> pd.DataFrame:

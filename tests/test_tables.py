@@ -44,6 +44,19 @@ def test_shares_by_hand():
     assert tabulate(table.attrs["runs"]).equals(table)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_resample_without_damage_has_no_share():
+    hit = np.arange(100)
+    control, nearest = (
+        Results([as_run((hit < right).astype(float), np.ones(100), higher_is_better=True)])
+        for right in (90, 86)
+    )
+    lost = nearest.resampled() - control.resampled()
+    assert (lost == 0).any()
+    share = recovered(control, nearest, control)
+    assert (share.low, share.value, share.high) == (1, 1, 1)
+
+
 def test_where_more_is_better_the_damage_is_what_was_lost():
     ones, hit = [1.0] * 100, np.arange(100)
     runs = [
