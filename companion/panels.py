@@ -25,7 +25,7 @@ class Panel:
     baseline : float
         Drawn as a dotted line.
     arms : mapping of str to mapping of str to Estimate
-        For each arm, its value under each scheme.
+        For each arm, its value under each scheme; an arm may lack some.
     """
 
     title: str
@@ -58,14 +58,16 @@ def panels(plots: Sequence[Panel], *, columns: int = 2) -> Figure:
         ax.axhspan(control.low, control.high, color="0.85", zorder=0)
         ax.axhline(control.value, color="0.35", linewidth=1, label="float (band: 95 % interval)")
         ax.axhline(panel.baseline, color="black", linestyle=":", linewidth=1.2, label="baseline")
+        schemes = list(dict.fromkeys(name for line in panel.arms.values() for name in line))
         for index, (label, line) in enumerate(panel.arms.items()):
             shift = 0.16 * (index - (len(panel.arms) - 1) / 2)
             value = np.array([e.value for e in line.values()])
             ends = np.array([[e.low, e.high] for e in line.values()]).T
-            ax.errorbar(np.arange(len(line)) + shift, value, yerr=np.abs(ends - value), capsize=3,
+            place = np.array([schemes.index(name) for name in line]) + shift
+            ax.errorbar(place, value, yerr=np.abs(ends - value), capsize=3,
                         color=COLOURS[index], marker=MARKERS[index], linestyle=LINES[index],
                         markersize=5, linewidth=1, label=label)  # fmt: skip
-            ax.set_xticks(range(len(line)), list(line), fontsize=8)
+        ax.set_xticks(range(len(schemes)), schemes, fontsize=8)
         ax.set_title(panel.title, fontsize=10)
         ax.set_ylabel(panel.ylabel)
     handles, labels = axes.flat[0].get_legend_handles_labels()
