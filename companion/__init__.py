@@ -5,6 +5,7 @@ The names below are the public interface; each is explained where the book build
 
 from companion.cost import latency, model_bytes
 from companion.evaluate import Estimate, accuracy
+from companion.export import export_onnx
 from companion.integers import choose_scale, dequantize, fake_quantize, pack, quantize, unpack
 from companion.language import perplexity, recovery
 from companion.models import load_pretrained
@@ -34,6 +35,7 @@ __all__ = [
     "compare",
     "convert",
     "dequantize",
+    "export_onnx",
     "fake_quantize",
     "fit",
     "latency",

@@ -160,6 +160,9 @@ def check_bits(bits: int) -> None:
         raise SchemeError(f"{bits!r} bits: choose a whole number from 2 to 8")
 
 
+BLOCK8 = Activations(8, "block", symmetric=True, range=(-127, 127))
+"""Activations in blocks as long as the groups of the weights: what ONNX Runtime's kernels round
+to at accuracy level 4."""
 W8A8 = QuantScheme(8, None, activations=Activations(8, "tensor", range=(0, 127)))
 """8-bit weights per row, 8-bit activations per tensor: what fast int8 CPU kernels run."""
 W8 = QuantScheme(8)

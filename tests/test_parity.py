@@ -1,0 +1,43 @@
+"""Parity holds for the file of a model, and for no other."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from companion import load_task
+from companion.layers import Packed
+from companion.parity import parity, read_integers
+
+
+@pytest.fixture(scope="module")
+def task():
+    whole = load_task("language-reference", batch_size=4)
+    few = list(whole.validation)[:2]
+    return replace(whole, validation=few, test=few)
+
+
+def test_the_served_file_is_the_trained_model(served_docs_lm, task):
+    model, path = served_docs_lm
+    report = parity(model, path, task)
+    assert report.integers
+    assert report.scales
+    assert report.layers == len(read_integers(path)) == len(model.quantization.layers) - 1
+    assert report.logits < 1e-4
+    assert report.argmax > 0.999
+    assert report.metric == "loss"
+    assert abs(report.difference.value) < 1e-5
+    assert report.difference.low <= report.difference.value <= report.difference.high
+
+
+@pytest.mark.parametrize("what", ["integers", "scale"])
+def test_another_model_is_noticed(served_docs_lm, task, what):
+    model, path = served_docs_lm
+    other = copy.deepcopy(model)
+    layer = [module for module in other.modules() if isinstance(module, Packed)][7]
+    stored = getattr(layer, what)
+    stored.view(-1)[5] = stored.view(-1)[5] + torch.ones((), dtype=stored.dtype)
+    report = parity(other, path, task)
+    assert (report.integers, report.scales) == (what != "integers", what != "scale")
+    assert report.logits > 1e-4
