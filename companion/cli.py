@@ -5,20 +5,15 @@ Floor 13 of the house.
 
 from __future__ import annotations
 
-import importlib.metadata
-import logging
-import os
-import platform
-import sys
-import urllib.request
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from companion.sources import MINILM, find
+from companion.doctor import checks
 
 app = typer.Typer(
     help="Quantization-aware fine-tuning in PyTorch: the companion of the course.",
@@ -26,13 +21,165 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-TESTED = {
-    "torch": "2.14.1",
-    "torchvision": "0.29.1",
-    "transformers": "5.23.0",
-    "torchao": "0.18.0",
-}
-Check = tuple[str, bool, str, bool]  # what, passed, detail, required
+Model = Annotated[str, typer.Argument(
+    help="docs-lm, a Hub id, a folder with a model, or a file from `companion export`.")]  # fmt: skip
+TaskName = Annotated[str, typer.Option("--task", help="A task of the course, or a text, JSON, CSV "
+                                       "or Parquet file of your own.")]  # fmt: skip
+
+
+@contextmanager
+def one_line(command: str) -> Iterator[None]:
+    """Turn an error of the user's into one line on stderr and exit code 1."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(f"{command}: {reason}", err=True)
+        raise typer.Exit(code=1) from None
+
+
+@app.command()
+def finetune(
+    model: Model = "docs-lm",
+    task: TaskName = "language-reference",
+    scheme: Annotated[list[str], typer.Option(
+        help="W4, W3, W2 (groups of 32), W4-g64, W2-row, W4A8, W8A8; may be repeated.")] = ["W4", "W2"],  # noqa: B006
+    method: Annotated[list[str], typer.Option(
+        help="default, lsq, mse, absmax, lora, gptq, ...; may be repeated.")] = ["default"],  # noqa: B006
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every arm.")] = 100,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every arm.")] = 1,
+    lr: Annotated[list[float], typer.Option(
+        help="Learning rate; repeated, each is tried on validation.")] = [1e-3],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for the results and models.")] = Path("finetuned"),
+) -> None:  # fmt: skip
+    """Fine-tune in floating point and under rounding, with equal steps, and compare.
+
+    Prints the float control, the control rounded to nearest and the quantized model, with 95 %
+    intervals. The folder receives results.json and the quantized models. Interrupted, the same
+    command goes on after the last finished run.
+
+    Examples:
+
+      companion finetune
+
+      companion finetune docs-lm --task notes.txt --scheme W2-row --steps 200 --out notes
+
+      companion finetune sentence-transformers/all-MiniLM-L6-v2 --task topics --method lsq
+    """
+    with one_line("finetune"):
+        from companion.finetune import RESULTS, report
+        from companion.finetune import finetune as run
+        from companion.scheme import parse_scheme
+
+        schemes = [parse_scheme(name) for name in scheme]
+        table = run(model, task, schemes, method, folder=out, steps=steps, seeds=seeds, rates=lr,
+                    batch_size=batch_size)  # fmt: skip
+    typer.echo(report(table.attrs["runs"]))
+    typer.echo(f"written to {out}: {RESULTS} and the quantized models")
+
+
+@app.command()
+def evaluate(
+    model: Model = "docs-lm",
+    task: TaskName = "language-reference",
+) -> None:
+    """Measure a model on the test split of a task, with its 95 % interval.
+
+    Example: companion evaluate finetuned/W2-g32-default
+    """
+    with one_line("evaluate"):
+        from companion.metrics import METRICS
+        from companion.open import open_model, open_tokenizer
+        from companion.tasks import load_task
+
+        data = load_task(task, tokenizer=open_tokenizer(model))
+        measured = METRICS[data.metric].measure(open_model(model), data)
+    typer.echo(f"{data.metric}: {measured.scores.estimate()}")
+    for name, estimate in measured.also.items():
+        typer.echo(f"{name}: {estimate}")
+
+
+@app.command()
+def export(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="What to write, such as served/model.onnx.")],
+    accuracy_level: Annotated[int, typer.Option(
+        min=0, max=4, help="0 computes in float32, 4 rounds inputs to 8 bits and is faster.")] = 4,
+) -> None:  # fmt: skip
+    """Write a quantized model as an ONNX file, with its tokenizer beside it.
+
+    The integers in the file are those that were trained.
+
+    Example: companion export finetuned/W4-g32-default served/model.onnx
+    """
+    with one_line("export"):
+        from companion.errors import WrongStage
+        from companion.export import export_onnx
+        from companion.open import is_quantized, open_model, open_tokenizer
+
+        if not is_quantized(model):
+            raise WrongStage(f"{model} is no folder with a quantized model: finetune makes one")
+        export_onnx(open_model(model), file, accuracy_level=accuracy_level)
+        open_tokenizer(model).save_pretrained(file.parent)
+    typer.echo(f"written to {file}: {file.stat().st_size / 1e6:.2f} MB")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The beginning of the text.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 60,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: int = 0,
+) -> None:
+    """Let an exported language model go on with a text, as fast as it comes.
+
+    Example: companion generate served/model.onnx "The for statement"
+    """
+    with one_line("generate"):
+        from companion.open import open_tokenizer
+        from companion.serving import OnnxModel
+
+        served = OnnxModel(model)
+        tokenizer = open_tokenizer(model)
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        typer.echo(prompt, nl=False)
+        told, shown = [], ""
+        for token in served.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature,
+                                     seed=seed):  # fmt: skip
+            told.append(token)
+            text = tokenizer.decode(told, skip_special_tokens=True)
+            typer.echo(text[len(shown) :], nl=False)
+            shown = text
+    typer.echo()
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(
+        help="Language models as in evaluate; the first is the one that the others are compared to.")],
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens that are read at once.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+) -> None:  # fmt: skip
+    """Time language models side by side: reading a prompt, and going on with it.
+
+    Example: companion bench docs-lm served/model.onnx
+    """
+    with one_line("bench"):
+        from companion.bench import speeds
+        from companion.open import open_model
+
+        found = speeds({name: open_model(name) for name in models}, prompt=prompt, tokens=tokens,
+                       rounds=rounds)  # fmt: skip
+    first = found[models[0]]
+    for name, ms in found.items():
+        ratio = {phase: first[phase] / ms[phase] for phase in ms}
+        typer.echo(f"{name}: prompt {ms['prefill']:.1f} ms ({ratio['prefill']:.1f}x), "
+                   f"token {ms['decode']:.2f} ms ({ratio['decode']:.1f}x)")  # fmt: skip
 
 
 @app.command()
@@ -69,84 +216,10 @@ def pretrain(
 
     Example: python -m companion pretrain my-docs-lm --steps 500
     """
-    from companion.pretrain import pretrain as run
+    with one_line("pretrain"):
+        from companion.pretrain import pretrain as run
 
-    try:
         report = run(folder, steps=steps, batch_size=batch_size, seed=seed, bfloat16=bfloat16)
-    except (RuntimeError, ValueError) as error:
-        typer.echo(f"pretrain: {error}", err=True)
-        raise typer.Exit(code=1) from None
     test, trigram = report["test_perplexity"], report["trigram_perplexity"]
     typer.echo(f"held-out perplexity {test['value']:.2f}, of a trigram {trigram['value']:.2f}")
     typer.echo(f"written to {folder}: model, tokenizer, README.md with the curve")
-
-
-def checks(network: bool = True) -> Iterator[Check]:
-    """Yield each check's name, outcome, what was found or what to do, and whether it matters."""
-    yield "python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11+)", True
-    for name, version in TESTED.items():
-        yield _guard(name, lambda n=name, v=version: _version(n, v), required=name == "torch")
-    yield _guard("threads", _threads)
-    yield _guard("quantized engines", _engines)
-    yield _guard("torch.ao.quantization", _classic_road, required=False)
-    yield _guard("digits (scikit-learn)", lambda: _package("scikit-learn"), required=False)
-    yield _guard("docs-lm", lambda: _weights("docs-lm"), required=False)
-    yield _guard("MiniLM", lambda: _weights(MINILM), required=False)
-    if network:
-        yield _guard("ImageNet weights (torchvision)", _imagenet, required=False)
-
-
-def _guard(name: str, probe: Callable[[], str], required: bool = True) -> Check:
-    try:
-        return name, True, probe(), required
-    except Exception as error:
-        return name, False, str(error).split("\n")[0] or type(error).__name__, required
-
-
-def _version(name: str, tested: str) -> str:
-    found = importlib.metadata.version(name).split("+")[0]
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, when imported
-    __import__(name)
-    return found if found == tested else f"{found} (the book is checked with {tested})"
-
-
-def _package(name: str) -> str:
-    return importlib.metadata.version(name)
-
-
-def _weights(name: str) -> str:
-    return f"weights verified, from {find(name)[1]}"
-
-
-def _threads() -> str:
-    import torch
-
-    return f"{torch.get_num_threads()} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _engines() -> str:
-    import torch
-
-    engines = [e for e in torch.backends.quantized.supported_engines if e != "none"]
-    if not engines:
-        raise RuntimeError("none in this build of PyTorch: convert() will not run")
-    return ", ".join(engines)
-
-
-def _classic_road() -> str:
-    if find_spec("torch.ao.quantization") is None:
-        raise RuntimeError("removed from this PyTorch: chapters 1 and 3 to 7 need torch 2.14")
-    return "present"
-
-
-def _imagenet() -> str:
-    from torchvision.models import ResNet18_Weights
-
-    request = urllib.request.Request(ResNet18_Weights.DEFAULT.url, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=5):
-            return "reachable"
-    except OSError as error:
-        raise RuntimeError(
-            f"not reachable ({error}); load_pretrained uses the digits stand-in"
-        ) from None

@@ -169,6 +169,8 @@ def _load(name: str, *config: str | None, **options):
         return _read(name, load_dataset, FILES[Path(found["train"]).suffix], data_files=found)
     if path.exists() and path.suffix not in FILES:
         raise ValueError(f"{name}: the file must end in {', '.join(FILES)}")
+    if path.exists() and not path.stat().st_size:
+        raise SourceUnavailable(f"{name} is empty: give a file with text")
     if path.exists():
         extra = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
         return _read(name, load_dataset, FILES[path.suffix], data_files=str(path), **extra)

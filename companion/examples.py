@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from companion.task import Task
-from companion.text import IGNORED, encode
+from companion.text import IGNORED, encode, start_token
 
 Row = dict[str, "list[int] | int"]
 EVALUATION_BATCH = 100
@@ -200,7 +200,7 @@ def choices(questions: Sequence[tuple[str, Sequence[str]]], tokenizer) -> DataLo
     DataLoader
         ``document`` numbers the rows: question by question, choice by choice.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = start_token(tokenizer)
     rows = []
     for context, options in questions:
         before = [start, *encode([context], tokenizer)[0]]

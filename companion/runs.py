@@ -25,6 +25,7 @@ from companion.language import document_losses
 from companion.losses import default_loss, distillation_loss
 from companion.metrics import METRICS
 from companion.models import load_pretrained
+from companion.packed import save_quantized
 from companion.scheme import QuantScheme
 from companion.stream import batches
 from companion.tables import scheme_name
@@ -63,17 +64,21 @@ class Runs:
 
     Parameters
     ----------
-    model, task, steps, skip, progress
+    model, task, steps, skip, progress, models
         As in `companion.compare`.
     log : Log
     """
 
-    def __init__(self, model, task, steps: int, skip: tuple, log: Log, progress: bool) -> None:
+    def __init__(
+        self, model, task, steps: int, skip: tuple, log: Log, progress: bool,
+        models: str | Path | None = None,
+    ) -> None:  # fmt: skip
         self.task = load_task(task) if isinstance(task, str) else task
         self.start = load_pretrained(model) if isinstance(model, str) else model
         known = getattr(self.start, "provenance", type(self.start).__name__)
         self.name = known.split(": ")[0]
         self.steps, self.skip, self.log, self.progress = steps, skip, log, progress
+        self.models = None if models is None else Path(models)
         self.bar: tqdm | None = None
         self.fingerprint = f"{_fingerprint(self.start)} {' '.join(self.skip)}".strip()
         self.floats: dict[tuple, nn.Module] = {}  # float phases that several arms share
@@ -117,6 +122,8 @@ class Runs:
                 loss_fn = distillation_loss(teacher) if arm.distil else default_loss
                 history = self._fit(model, stream[first:], rate, seed, loss_fn)
             model = arm.finish(model)
+        if test and seed == 0 and self.models and scheme is not None:
+            save_quantized(model, self.models / model_folder(arm, scheme))
         validation = document_losses(model, self.task.validation).mean
         record = {
             "model": self.name, "task": self.task.name, "scheme": scheme_name(scheme),
@@ -185,6 +192,11 @@ class Runs:
 def rate_key(arm: Arm, scheme: QuantScheme | None) -> str:
     """Name the learning rate of an arm at a scheme, such as "lsq W2 g32"."""
     return arm.name if scheme is None else f"{arm.name} {scheme_name(scheme)}"
+
+
+def model_folder(arm: Arm, scheme: QuantScheme) -> str:
+    """Name of the folder that `compare` keeps a model in, such as "W2-g32-lsq"."""
+    return f"{scheme_name(scheme)} {arm.name}".replace(" ", "-")
 
 
 def _size(batch: Any) -> int:

@@ -5,6 +5,7 @@ Floor 1 of the house: imports nothing of the package but its errors. Built in ch
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -152,6 +153,46 @@ def integer_range(bits: int, signed: bool = True) -> tuple[int, int]:
     """
     check_bits(bits)
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def parse_scheme(text: str) -> QuantScheme:
+    """Read a scheme from its short name: weight bits, "A8" for 8-bit activations, the group.
+
+    Parameters
+    ----------
+    text : str
+        "W4" (groups of 32), "W4-g64", "W2-row", "W4A8" or "W8A8".
+
+    Returns
+    -------
+    QuantScheme
+
+    Raises
+    ------
+    SchemeError
+        If it is none, with some that are.
+
+    Examples
+    --------
+    >>> parse_scheme("W4") == W4, parse_scheme("W8A8") == W8A8
+    (True, True)
+    >>> parse_scheme("W2-row").group_size is None
+    True
+    """
+    found = re.fullmatch(r"W([2-8])(A8)?(?:[- ](?:g(\d+)|(row)))?", text)
+    if found is None:
+        raise SchemeError(
+            f"scheme {text!r} is unknown: write W4, W3 or W2 (groups of 32), W4-g64, W2-row for "
+            "one scale per row, W4A8 or W8A8"
+        )
+    bits, activations, group, row = found.groups()
+    if (bits, activations) == ("8", "A8") and group is None:
+        return W8A8
+    return QuantScheme(
+        int(bits),
+        None if row else int(group or 32),
+        activations=W4A8.activations if activations else None,
+    )
 
 
 def check_bits(bits: int) -> None:

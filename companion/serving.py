@@ -103,6 +103,7 @@ class OnnxModel(nn.Module):
         max_new_tokens: int = 50,
         temperature: float = 0.0,
         seed: int = 0,
+        stop: bool = True,
     ) -> Iterator[int]:
         """Go on with a text, token by token, each as soon as it is known.
 
@@ -115,6 +116,8 @@ class OnnxModel(nn.Module):
             0 takes the likeliest token each time.
         seed : int
             Of the draws, where the temperature is above 0.
+        stop : bool
+            End where the model ends the text.
 
         Yields
         ------
@@ -137,7 +140,7 @@ class OnnxModel(nn.Module):
             logits, *present = self._session.run_with_ort_values(names, feed | past)
             token = _choose(logits.numpy()[0, -1], temperature, rng)
             yield token
-            if token in self.description.stop:
+            if stop and token in self.description.stop:
                 return
             past = dict(zip(past, present, strict=True))
             ids, length = np.array([[token]]), length + 1

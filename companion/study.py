@@ -38,6 +38,7 @@ def compare(
     tuning_steps: int | None = None,
     skip: Sequence[str] = (),
     log: str | Path | None = None,
+    models: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Fine-tune one model in floating point and under every scheme and method, and compare.
@@ -69,6 +70,9 @@ def compare(
         Layers that stay in floating point, as in `prepare_qat`.
     log : path, optional
         JSON file that receives every finished run; the same call goes on from it.
+    models : path, optional
+        Folder that receives the quantized model of every scheme and method, with seed 0, as
+        `save_quantized` writes it: ``<models>/W4-g32-default``.
     progress : bool
 
     Returns
@@ -96,7 +100,7 @@ def compare(
     True
     """
     arms = [NEAREST, *(_arm(method) for method in methods if method != NEAREST.name)]
-    study = Runs(model, task, steps, tuple(skip), Log(log), progress)
+    study = Runs(model, task, steps, tuple(skip), Log(log), progress, models)
     tuned = [arm for arm in arms if arm.float_share < 1]
     chosen = dict(rates) if isinstance(rates, Mapping) else {}
     wanted = [(FLOAT, None)] + [(arm, scheme) for arm in tuned for scheme in schemes]

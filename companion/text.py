@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from companion.errors import SourceUnavailable
+from companion.errors import SourceUnavailable, UnsupportedModel
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 CHOICES = 4  # ways to go on that a question of the cloze task offers
@@ -117,6 +117,27 @@ def windows(documents: Sequence[list[int]], start: int, size: int) -> Rows:
     )
 
 
+def start_token(tokenizer) -> int:
+    """Return the token that begins a text, or if there is none, the one that ends it.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+
+    Raises
+    ------
+    UnsupportedModel
+        If it has neither, as those of encoders.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UnsupportedModel(
+        "the tokenizer has no token that begins or ends a text: language modelling needs the "
+        "tokenizer of a language model"
+    )
+
+
 def loaders(
     splits: Sequence[Sequence[str]], tokenizer, *, block_size: int = 256, batch_size: int = 8
 ) -> tuple[DataLoader, DataLoader, DataLoader]:
@@ -133,7 +154,7 @@ def loaders(
     batch_size : int
         Rows in a batch.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = start_token(tokenizer)
     train, validation, test = (encode(split, tokenizer) for split in splits)
     return (
         DataLoader(blocks(train, start, block_size), batch_size, shuffle=True),

@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from companion import W2, W4, W4A8, W8A8, Activations, QuantScheme
+from companion import W2, W3, W4, W4A8, W8, W8A8, Activations, QuantScheme
 from companion.errors import SchemeError
-from companion.scheme import integer_range
+from companion.scheme import integer_range, parse_scheme
+from companion.tables import scheme_name
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -63,3 +64,19 @@ def test_schemes_are_values():
     assert W4A8.activations == Activations(8, "token")
     with pytest.raises(dataclasses.FrozenInstanceError):
         W4.weight_bits = 2
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [W8A8, W8, W4A8, W4, W3, W2, QuantScheme(4, 64), QuantScheme(2, None)],
+    ids=scheme_name,
+)
+def test_short_names_are_read_back(scheme):
+    assert parse_scheme(scheme_name(scheme)) == scheme
+    assert parse_scheme(scheme_name(scheme).replace(" ", "-")) == scheme
+
+
+@pytest.mark.parametrize("text", ["W9", "4", "W4-g", "W4-x", "w4", "W4 g0"])
+def test_other_names_are_refused_with_those_that_exist(text):
+    with pytest.raises(SchemeError):
+        parse_scheme(text)
