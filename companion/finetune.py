@@ -16,7 +16,7 @@ from companion.models import load_pretrained
 from companion.scheme import QuantScheme
 from companion.sources import load_tokenizer
 from companion.study import compare
-from companion.tables import Results
+from companion.tables import Results, recovered
 from companion.tasks import load_task
 
 if TYPE_CHECKING:
@@ -112,8 +112,6 @@ def report(runs: Sequence[dict]) -> str:
     W2 g32  nearest 2.500 [2.000, 3.000]                   2.00
     W2 g32  lsq     1.700 [1.200, 2.200]  80 % [80, 80]    2.00
     """
-    from companion.tables import recovered
-
     cells: dict[tuple[str, str], list[dict]] = {}
     for run in runs:
         cells.setdefault((run["scheme"], run["method"]), []).append(run)
