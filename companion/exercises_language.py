@@ -36,6 +36,18 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature**2 * torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
 
 
+def _macro_f1(predictions: np.ndarray, labels: np.ndarray, classes: int) -> float:
+    """Mean of the F1 scores of the classes."""
+    counts = np.zeros((classes, classes))
+    np.add.at(counts, (labels, predictions), 1)
+    return float(np.mean(2 * counts.diagonal() / (counts.sum(0) + counts.sum(1))))
+
+
+def _mrr(scores: np.ndarray) -> float:
+    """Mean reciprocal rank, where the own text of a query stands on the diagonal."""
+    return float(np.mean(1 / (scores >= scores.diagonal()[:, None]).sum(1)))
+
+
 LANGUAGE_MODELS: dict[str, Exercise] = {
     "ch08-perplexity": Exercise(
         lambda probabilities: float(np.exp(-np.mean(np.log(probabilities)))),
@@ -86,6 +98,22 @@ LANGUAGE_MODELS: dict[str, Exercise] = {
         [
             (torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]), 1.0),
             (torch.tensor([[0.0, 1.0, -1.0]]), torch.tensor([[1.0, 0.0, 2.0]]), 3.0),
+        ],
+    ),
+    "ch12-macro-f1": Exercise(
+        _macro_f1,
+        "F1 of a class is 2 * both / (predicted + true), where both counts the right answers.",
+        [
+            (np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]), 2),
+            (np.array([0, 1, 2, 2, 2, 0]), np.array([0, 1, 1, 2, 2, 2]), 3),
+        ],
+    ),
+    "ch12-mrr": Exercise(
+        _mrr,
+        "the rank of the own text is how many scores of its row are at least its own.",
+        [
+            (np.array([[3.0, 1.0, 2.0], [5.0, 4.0, 1.0], [1.0, 2.0, 0.0]]),),
+            (np.eye(4),),
         ],
     ),
     "ch13-questions": Exercise(
