@@ -185,7 +185,7 @@ def write_graph(model: nn.Module, path: str | Path, *, example: Tensor | None = 
     graph, description = _graph(model, example)
     try:
         program = torch.onnx.export(
-            graph.module, graph.inputs, dynamo=True, opset_version=OPSET, verbose=False,
+            graph.module.eval(), graph.inputs, dynamo=True, opset_version=OPSET, verbose=False,
             dynamic_shapes=graph.shapes, input_names=graph.names, output_names=graph.outputs,
         )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
