@@ -155,7 +155,7 @@ print("opset:", versions["ONNX"], " IR:", file.ir_version)
 
 # %%
 vocabulary = load_pretrained("docs-lm").config.vocab_size
-print([name for name, array in tensors.items() if array.shape[0] == vocabulary])
+print([name for name, array in tensors.items() if array.shape[:1] == (vocabulary,)])
 
 # %%
 size = path.stat().st_size
