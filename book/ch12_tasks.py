@@ -321,6 +321,24 @@ trained = [scheme for scheme in SCHEMES if scheme != "W8A8 row"]
 print(pd.DataFrame({s: {t: verdict_of(t, s) for t in tasks} for s in trained}).to_string())
 
 # %% [markdown]
+# Five measures, one question: how much of its lead over the baseline does a task keep? One is what the
+# float model has; below zero the simple baseline would have been the better choice.
+
+
+# %%
+def lead(task, found):
+    """What is left of the float control's lead over the baseline, as a mean over the seeds."""
+    base = content["baselines"][task]["value"]
+    control = Results(runs[task, "float", "float"]).seeds.mean()
+    return (Results(found).seeds.mean() - base) / (control - base)
+
+
+for scheme in ("W4 g32", "W2 row"):
+    found = {task: {"nearest": runs[task, scheme, "nearest"]} | arms(task, scheme) for task in tasks}
+    table = {task: {arm: lead(task, r) for arm, r in row.items()} for task, row in found.items()}
+    print(f"{scheme}\n{pd.DataFrame(table).T.round(2).to_string()}")
+
+# %% [markdown]
 # LESSONS
 #
 # ## Exercises
