@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -186,9 +186,15 @@ def peak_memory(row: Row, folder: Path, prompt: int) -> float:
     import onnxruntime  # noqa: F401  its own memory is none of the model's
 
     load_pretrained("docs-lm")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
     speeds({"": load(row, folder)}, prompt=prompt, tokens=2, rounds=1)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> float:
+    """Megabytes of this process's memory, now or at its peak (getrusage counts its parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
 
 
 def in_own_process(row: Row, folder: Path, prompt: int) -> float:
