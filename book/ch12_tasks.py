@@ -254,14 +254,17 @@ fetched["W2 row, 20 steps"] = measure(convert(student), task).scores
 for name, scores in fetched.items():
     print(f"{name:17}", scores.estimate())
 
+# %% [markdown]
+# Twenty steps without a label, and part of the damage is undone. Margins, fixed after a trial run: 8 bits lose less
+# than two points, 2 bits by row more than ten, and the whole interval of what twenty steps bring, on the
+# same summaries, lies above zero.
+
 # %%
 lost = {name: fetched["float"].value - scores.value for name, scores in fetched.items()}
-print("8 bits lose less than two points:    ", lost["W8A8"] < 0.02)
-print(
-    "2 bits by row leave less than a tenth:", fetched["W2 row"].value < 0.1 * fetched["float"].value
-)
-print("20 steps give more than half back:    ",
-      lost["W2 row, 20 steps"] < 0.5 * lost["W2 row"])  # fmt: skip
+gained = fetched["W2 row, 20 steps"].resampled() - fetched["W2 row"].resampled()
+print("8 bits lose less than two points:     ", lost["W8A8"] < 0.02)
+print("2 bits by row lose more than ten:     ", lost["W2 row"] > 0.1)
+print("20 steps bring some of it back, paired:", np.percentile(gained, 2.5) > 0)
 
 # %% [markdown]
 # ## 5 · Point: code words
@@ -282,7 +285,8 @@ show("code-words")
 # %% [markdown]
 # ## All five
 #
-# One picture: each task in its own measure, from eight bits on the left to two bits by row on the right.
+# One picture: each task in its own measure (nats: lower is better, all others: higher), from eight bits on
+# the left to two bits by row on the right.
 # The grey band is the float control, the dotted line the baseline that no rounded model should fall
 # below.
 
