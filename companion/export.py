@@ -6,6 +6,7 @@ Floor 8 of the house. Built in chapter 14.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from companion.layers import Packed
 from companion.onnx_layers import served_layers
 from companion.qat import replace_modules
 
-OPSET = 21
+OPSET = 23
 KEY = "companion"  # of the file's metadata
 LARGEST = 1_900_000_000
 """Bytes of tensors above which they stand in a file of their own: ONNX ends at two gigabytes."""
@@ -66,6 +67,8 @@ class _Decoder(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        # RotaryEmbedding of ONNX wants a position for each token, not one row for all texts
+        self.positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list) -> tuple:
         from transformers import DynamicCache
@@ -73,8 +76,11 @@ class _Decoder(nn.Module):
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(past):
             cache.update(keys, values, layer)
+        before = attention_mask.shape[1] - input_ids.shape[1]
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) + before
+        options = {"position_ids": positions.expand_as(input_ids)} if self.positions else {}
         output = self.model(input_ids=input_ids, attention_mask=attention_mask,
-                            past_key_values=cache, use_cache=True)  # fmt: skip
+                            past_key_values=cache, use_cache=True, **options)  # fmt: skip
         layers = output.past_key_values.layers
         return output.logits, [(layer.keys, layer.values) for layer in layers]
 

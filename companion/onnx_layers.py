@@ -20,7 +20,6 @@ from companion.scheme import BLOCK8
 ROW_BLOCK = 32
 """A row with a single scale is served in blocks of so many weights, which repeat it."""
 _SMALLEST_SCALE = torch.finfo(torch.float32).eps
-_MIDDLE = 128  # of unsigned bytes: where the zero of signed ones comes to lie
 
 
 def container_bits(bits: int) -> int:
@@ -164,9 +163,11 @@ class BlockEmbedding(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """W8A8 as MatMulInteger, with unsigned weights and inputs of seven bits.
+    """W8A8 as MatMulInteger, with signed weights and unsigned inputs of seven bits.
 
-    Signed weights, or inputs of eight bits, overflow the 16-bit sums of AVX2 kernels, silently.
+    AVX2 kernels add pairs of products in 16 bits and saturate, silently, beyond 32,767. Inputs of
+    seven bits stay below: 2 * 127 * 128 is 32,512. Unsigned weights would be safe with any
+    inputs, but take a kernel that is several times slower.
 
     Parameters
     ----------
@@ -177,20 +178,21 @@ class Int8Linear(nn.Module):
         super().__init__()
         integers = unpack(layer.integers, layer.scheme.weight_bits, layer.columns)
         self.bias = layer.bias
-        self.register_buffer("integers", pack_unsigned(integers, 8).t().contiguous())
+        self.register_buffer("integers", integers.t().contiguous())
         self.register_buffer("scales", layer.scale[:, 0].float())
-        self.register_buffer("middle", torch.tensor(_MIDDLE, dtype=torch.uint8))
         self.form = layer.scheme.activations
 
     def forward(self, x: Tensor) -> Tensor:
         qmin, qmax = self.form.integers
         low, high = x.flatten().amin(0).clamp(max=0), x.flatten().amax(0).clamp(min=0)
         scale = ((high - low) / (qmax - qmin)).clamp(min=_SMALLEST_SCALE)
-        zero_point = (qmin - (low / scale).round()).clamp(qmin, qmax)
-        rounded = ((x * (1 / scale)).round() + zero_point).clamp(qmin, qmax)
+        zero_point = (qmin - (low / scale).round()).clamp(qmin, qmax).to(torch.uint8)
+        rounded = torch.onnx.ops.symbolic(
+            "QuantizeLinear", (x, scale, zero_point), dtype=torch.uint8, shape=x.shape
+        ).clamp(max=qmax)
         sums = torch.onnx.ops.symbolic(
             "MatMulInteger",
-            (rounded.to(torch.uint8), self.integers, zero_point.to(torch.uint8), self.middle),
+            (rounded, self.integers, zero_point),
             dtype=torch.int32,
             shape=(*x.shape[:-1], len(self.scales)),
         )

@@ -116,7 +116,7 @@ def read_integers(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         prefix = name.removesuffix("integers")
         integers, scales = (to_array(tensors[prefix + part]) for part in ("integers", "scales"))
         if width is None:  # W8A8 is stored by columns
-            integers, scales = integers.T.astype(np.int16) - 128, scales[:, None]
+            integers, scales = integers.T, scales[:, None]
         else:
             integers = _unpacked(integers, width)
         layer = prefix.removeprefix("model.").removesuffix(".").removesuffix(".blocks")
