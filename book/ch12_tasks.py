@@ -25,6 +25,7 @@
 
 # %%
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def schemes_of(task):
 
 # %%
 def short(e):
-    return f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
+    text = f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
+    return re.sub(r"\b0\.", ".", text)  # leaves room for the whole row
 
 
 def verdict(gain):

@@ -14,6 +14,9 @@ from torch import nn
 
 from companion.serving import OnnxModel
 
+PAUSE = 0.2
+"""Seconds after which the idle threads of the model before have stopped to spin."""
+
 
 def speeds(
     models: Mapping[str, nn.Module], *, prompt: int = 64, tokens: int = 32, rounds: int = 5
@@ -40,6 +43,7 @@ def speeds(
     found: dict[str, dict[str, list]] = {name: {"prefill": [], "decode": []} for name in models}
     for turn in range(rounds + 1):
         for name, model in models.items():
+            time.sleep(PAUSE)
             first, rest = _times(model, ids, tokens)
             if turn:
                 found[name]["prefill"].append(first)

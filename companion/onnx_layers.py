@@ -183,10 +183,11 @@ class Int8Linear(nn.Module):
         self.form = layer.scheme.activations
 
     def forward(self, x: Tensor) -> Tensor:
-        qmin, qmax = self.form.integers
-        low, high = x.flatten().amin(0).clamp(max=0), x.flatten().amax(0).clamp(min=0)
-        scale = ((high - low) / (qmax - qmin)).clamp(min=_SMALLEST_SCALE)
-        zero_point = (qmin - (low / scale).round()).clamp(qmin, qmax).to(torch.uint8)
+        _, qmax = self.form.integers  # from zero up
+        everything = tuple(range(x.dim()))
+        low, high = x.amin(everything).clamp(max=0), x.amax(everything).clamp(min=0)
+        scale = ((high - low) / qmax).clamp(min=_SMALLEST_SCALE)
+        zero_point = (low / scale).round().neg().to(torch.uint8)  # from 0 to qmax by itself
         rounded = torch.onnx.ops.symbolic(
             "QuantizeLinear", (x, scale, zero_point), dtype=torch.uint8, shape=x.shape
         ).clamp(max=qmax)
