@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertForTokenClassification, BertModel
 
 from companion import W2, W3, W4, W4A8, W8, W8A8, QuantScheme, convert, export, prepare_qat
+from companion.activations import fake_quantize_activations
 from companion.encoder import BiEncoder
 from companion.errors import UnsupportedModel, WrongStage
 from companion.export import OPSET, export_onnx
@@ -71,6 +72,17 @@ def test_int8_products_do_not_saturate(tmp_path):
     (weights, scales), served = read_integers(path)["0"], OnnxModel(path)(x).numpy()
     exact = (127 * x.numpy().astype(np.int64)) @ weights.astype(np.int64).T
     np.testing.assert_allclose(served, exact * scales[:, 0] / 127, rtol=1e-6)
+
+
+def test_int8_inputs_stay_within_seven_bits(tmp_path):
+    """Zero point and largest input both round up here, to 128 steps: one more than there are."""
+    x = torch.zeros(1, 32)
+    x[0, 0], x[0, 1] = -61.5, 65.5
+    model = converted(W8A8, nn.Sequential(nn.Linear(32, 4, bias=False)))
+    rounded = fake_quantize_activations(x, W8A8.activations)
+    assert rounded.max() == 65.0
+    served = OnnxModel(export_onnx(model, tmp_path / "model.onnx", example=x))
+    assert (served(x) - rounded @ model[0].weight.T).abs().max() < 1e-4
 
 
 def test_a_tied_embedding_stands_in_the_file_once(served_docs_lm):
