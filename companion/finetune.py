@@ -37,7 +37,7 @@ def finetune(
     methods: Sequence[str] = ("default",),
     *,
     folder: str | Path,
-    steps: int = 100,
+    steps: int = 200,
     seeds: int = 1,
     rates: Sequence[float] = (1e-3,),
     batch_size: int = 4,
