@@ -23,6 +23,7 @@ FLOORS = {
     "cost": 1,
     "plots": 1,
     "panels": 2,
+    "diagrams": 2,
     "losses": 1,
     "task": 1,
     "smooth": 1,
