@@ -129,4 +129,19 @@ LANGUAGE_MODELS: dict[str, Exercise] = {
         "a weight takes bits + 16 / group_size bits, and a megabyte has eight million.",
         [(2.0, 3_410_176, 32), (1.0, 3_410_176, 32), (4500.0, 8e9, 32), (3.0, 8e6, 16)],
     ),
+    "ch14-unsigned": Exercise(
+        lambda weights, inputs: int(((weights.long() - 128) * inputs.long()).sum()),
+        "the sum of (w + 128) * x is the sum of w * x plus 128 times the sum of x.",
+        [
+            (torch.tensor([128, 255, 0, 7], dtype=torch.uint8), torch.tensor([9, 127, 127, 3])),
+            (torch.full((300,), 255, dtype=torch.uint8), torch.full((300,), 127)),
+        ],
+    ),
+    "ch14-limit": Exercise(
+        lambda weights, bits, group_size, bandwidth: (
+            1e3 * weights * (bits / 8 + 4 / group_size) / (1e9 * bandwidth)
+        ),
+        "a weight takes bits / 8 bytes and its part of a 4-byte scale; a gigabyte has 1e9 bytes.",
+        [(134e6, 4, 32, 20.0), (7e9, 8, 64, 50.0), (1e6, 2, 32, 11.5)],
+    ),
 }

@@ -1,0 +1,480 @@
+# %% [markdown]
+# (ch14)=
+# # Dorothy deploys
+#
+# :::{epigraph}
+# On the last morning she wrote the model out on a card, to be read by people who had neither
+# curtain nor ruler. Toto watched every figure go over. "Why do you look so sternly?" she asked him.
+# "It is the very number he practised with." "That," said the Scarecrow, "is what the man behind the
+# last curtain said, too." So they read the card back, brick by brick, and only then put on the
+# silver slippers, which had been on her feet all along.
+# :::
+#
+# Up to here the small integers were smaller, not faster: PyTorch unpacks them and multiplies floats.
+# Now the model leaves. It becomes a file that a runtime without any of our Python serves, and what it
+# serves has to be what was trained: not a model *like* it, quantized once more by somebody's exporter,
+# but these integers.
+#
+# **What you will learn**
+#
+# - a weight's way from training into a file, byte by byte, and back to logits;
+# - to prove that a file holds what was trained: integers, logits, answers, and the metric in pairs;
+# - what a kernel's *accuracy level* trades, and whether training should see it;
+# - why eight bits are seven in one place;
+# - how fast it is, and how far from the limit that memory sets.
+#
+# *Running time: about two minutes on two cores.*
+
+# %%
+import json
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pandas as pd
+import torch
+from onnx.numpy_helper import to_array
+from torch import nn
+
+from companion import (
+    W3,
+    W4,
+    W8A8,
+    QuantScheme,
+    convert,
+    dequantize,
+    export_onnx,
+    fit,
+    load_pretrained,
+    load_task,
+    model_bytes,
+    prepare_qat,
+)
+from companion.activations import fake_quantize_activations
+from companion.check import check
+from companion.diagrams import bars_with_limits, byte_by_byte
+from companion.language import document_losses, loss_difference
+from companion.onnx_layers import pack_unsigned
+from companion.parity import parity, read_integers
+from companion.scheme import BLOCK8
+from companion.serving import OnnxModel
+from companion.sources import load_tokenizer
+
+warnings.filterwarnings("ignore")
+task = load_task("language-reference", batch_size=4, block_size=128)
+folder = Path(tempfile.mkdtemp())
+
+# %% [markdown]
+# A model to serve: docs-lm, fine-tuned on the language reference by the default recipe of [](ch11), at
+# four bits in groups of 32, its {term}`embedding <tied embedding>` included.
+
+# %%
+teacher = load_pretrained("docs-lm")
+fit(teacher, task.train, steps=45, lr=5e-4, seed=0, progress=False)
+student = prepare_qat(teacher, W4, "lsq", embeddings=True)
+fit(student, task.train, steps=15, lr=5e-4, seed=1, teacher=teacher, progress=False)
+model = convert(student)
+path = export_onnx(model, folder / "model.onnx")
+print(model.quantization.scheme)
+
+# %% [markdown]
+# ## A weight's way, byte by byte
+#
+# Eight weights of one row, all in the same group. Training left floats behind. `convert` made of
+# them {term}`integers <grid>` and one {term}`scale`:
+
+# %%
+name = "model.layers.0.mlp.down_proj"
+layer = student.get_submodule(name)
+integers, scales = layer.quantizer.integers(layer.weight.detach())
+print("integers:", tuple(integers.shape), integers.dtype)
+print("scales:  ", tuple(scales.shape), scales.dtype)
+
+# %% [markdown]
+# ONNX Runtime's kernel wants them unsigned, from 0 to 15, so that 8 stands for zero; and two to a byte,
+# the first in the lower half:
+
+# %%
+unsigned = (integers.int() + 8).to(torch.uint8)  # 0 to 15
+stored = unsigned[:, 0::2] | unsigned[:, 1::2] << 4  # (rows, columns / 2)
+print("companion packs the same:", torch.equal(stored, pack_unsigned(integers, 4)))
+
+# %% [markdown]
+# That was by hand. Now open the file and look:
+
+# %%
+file = onnx.load(path)
+tensors = {tensor.name: to_array(tensor) for tensor in file.graph.initializer}
+in_file = tensors[f"model.{name}.blocks.integers"]  # (rows, blocks, bytes)
+print(in_file.shape, in_file.dtype)
+print("bytes in the file are these: ", np.array_equal(in_file.reshape(stored.shape), stored))
+print("scales in the file are these:",
+      np.array_equal(tensors[f"model.{name}.blocks.scales"], scales.float()))  # fmt: skip
+
+# %% mystnb={"image": {"alt": "Five rows of boxes for eight weights. The trained weight, a decimal number; the integer, from -8 to 7; the same plus 8 as four binary digits; a byte in the file for every two of them, in hexadecimal; and the served weight, the integer times the scale, close to the trained one."}} tags=["nbval-ignore-output"]
+served = dequantize(integers[0, :32], scales[0, :1].float())
+byte_by_byte(
+    {
+        "trained": [f"{w:.3f}" for w in layer.weight[0, :8].tolist()],
+        "integer": [str(q) for q in integers[0, :8].tolist()],
+        "plus 8": [f"{q:04b}" for q in unsigned[0, :8].tolist()],
+        "in the file": [f"0x{byte:02x}" for byte in in_file[0, 0, :4].tolist()],
+        "served": [f"{w:.3f}" for w in served[:8].tolist()],
+    }
+)
+
+# %% [markdown]
+# The lower half of a byte is its second hexadecimal digit, so each byte reads from right to left. Multiply
+# by the scale, and the last row is what the layer multiplies with, there as here:
+
+# %%
+whole = dequantize(integers.unflatten(-1, (-1, 32)), scales.float()[..., None]).flatten(1)
+print(
+    "served weights are the converted ones:", torch.equal(whole, model.get_submodule(name).weight)
+)
+
+# %% [markdown]
+# ## What is in the file
+#
+# Operators, and tensors. Each quantized layer is one `MatMulNBits`, an operator that ONNX Runtime adds
+# to the standard; the embedding is one `GatherBlockQuantized`. `onnx.checker` has passed the file,
+# otherwise `export_onnx` would not have written it.
+
+# %%
+operators = Counter(node.op_type for node in file.graph.node if node.domain == "com.microsoft")
+versions = {entry.domain or "ONNX": entry.version for entry in file.opset_import}
+print(dict(operators))
+print("opset:", versions["ONNX"], " IR:", file.ir_version)
+
+# %% [markdown]
+# docs-lm's output layer is tied to its embedding: one matrix, used twice. An exporter that
+# forgets this writes it twice. Here both operators read one tensor:
+
+# %%
+vocabulary = load_pretrained("docs-lm").config.vocab_size
+print([name for name, array in tensors.items() if array.shape[:1] == (vocabulary,)])
+
+# %%
+size = path.stat().st_size
+print(f"float32: {model_bytes(teacher) / 1e6:.2f} MB")
+print(f"served:  {size / 1e6:.2f} MB, {size / model_bytes(teacher):.3f} of it")
+print(f"packed:  {model_bytes(model) / 1e6:.2f} MB by save_quantized")
+
+# %% [markdown]
+# Why is the served file larger than the packed one? Its scales are float32, as the kernel wants them,
+# and it carries its graph. Three bits have no kernel; they are served in a container of four. The values
+# are exact, the bytes are not saved:
+
+# %%
+three = export_onnx(
+    convert(prepare_qat(teacher, W3, "absmax", embeddings=True)), folder / "w3.onnx"
+)
+print(f"three bits, served: {three.stat().st_size / 1e6:.2f} MB")
+
+# %% [markdown]
+# ## The same model?
+#
+# Equal integers are necessary, not sufficient: the graph around them has to be right as well. Four
+# questions, from strict to what users feel. Are the integers and scales of *all* layers equal? How far
+# apart are the logits? Is the likeliest token the same? And what is the difference of the task's metric,
+# document by document? The margin was fixed beforehand: logits within 0.0001.
+
+# %%
+exact = parity(model, path, task)
+
+# %% tags=["nbval-ignore-output"]
+print(exact)
+
+# %%
+print(f"{exact.layers} matrices, integers equal: {exact.integers}, scales equal: {exact.scales}")
+print("logits within 0.0001:        ", exact.logits < 1e-4)
+print("loss within 0.0001, in pairs:", max(abs(exact.difference.low), exact.difference.high) < 1e-4)
+
+# %% [markdown]
+# ## The accuracy level
+#
+# The kernel has a second way to multiply. Level 0 turns each block of integers into floats and
+# multiplies those. Level 4 rounds the layer's *inputs* to eight bits first, block by block,
+#
+# $$ s_x = \frac{\max |x|}{127}, \qquad \hat x = s_x \cdot \operatorname{round}(x / s_x) , $$
+#
+# multiplies integers with integers, and scales once for each block. It is what makes few bits fast, and
+# it's a rounding that training has not seen. By hand, on one layer:
+
+# %%
+generator = torch.Generator().manual_seed(0)
+x = torch.randn(8, 256, generator=generator)
+one = nn.Sequential(nn.Linear(256, 64, bias=False))
+one[0].weight.data = torch.randn(64, 256, generator=generator) / 16
+small = convert(prepare_qat(one, W4, "absmax"))
+
+blocks = x.unflatten(-1, (-1, 32))  # (8, blocks, 32)
+s = blocks.abs().amax(-1, keepdim=True) / 127
+by_hand = (torch.round(blocks * (1 / s)) * s).flatten(-2)
+ours = fake_quantize_activations(x, BLOCK8, group_size=32)
+print("companion rounds inputs so, too: ", torch.allclose(by_hand, ours, atol=1e-6))
+
+layers = {level: OnnxModel(export_onnx(small, folder / f"one{level}.onnx", accuracy_level=level,
+                                       example=x)) for level in (0, 4)}  # fmt: skip
+weight = small[0].weight
+print("level 0 is x @ W:                ", torch.allclose(layers[0](x), x @ weight.T, atol=1e-5))
+print("level 4 is rounded x @ W:        ", torch.allclose(layers[4](x), ours @ weight.T, atol=1e-5))
+print(
+    "and the two differ:              ", not torch.allclose(layers[0](x), layers[4](x), atol=1e-3)
+)
+
+# %% [markdown]
+# And the whole model, at level 4. The integers are the same. The logits aren't; what does the metric
+# say? Margin, fixed beforehand: 0.002 nats for the whole interval.
+
+# %%
+fast = export_onnx(model, folder / "fast.onnx", accuracy_level=4)
+rounded = parity(model, fast, task)
+
+# %% tags=["nbval-ignore-output"]
+print(rounded)
+
+# %%
+d = rounded.difference
+print("integers and scales equal:  ", rounded.integers and rounded.scales)
+print("logits within 0.0001:       ", rounded.logits < 1e-4)
+print("loss within 0.002, in pairs:", -0.002 < d.low <= d.high < 0.002)
+
+# %% [markdown]
+# ### Should training see it?
+#
+# *Train with the arithmetic you deploy* is good advice, and `QuantScheme(4, activations=BLOCK8)` follows
+# it: its fake quantization rounds inputs as level 4 does, and `export_onnx` sets the level. Does it
+# help? The same steps from the same teacher, both served at level 4, compared in pairs:
+
+# %%
+seen = prepare_qat(teacher, QuantScheme(4, activations=BLOCK8), "lsq", embeddings=True)
+fit(seen, task.train, steps=15, lr=5e-4, seed=1, teacher=teacher, progress=False)
+same = OnnxModel(export_onnx(convert(seen), folder / "seen.onnx"))
+gain = loss_difference(document_losses(OnnxModel(fast), task.test),
+                       document_losses(same, task.test))  # fmt: skip
+
+# %% tags=["nbval-ignore-output"]
+print("loss at level 4, training without it minus training with it:", gain)
+
+# %%
+print("less than 0.005 nats, either way:", max(abs(gain.low), abs(gain.high)) < 0.005)
+
+# %% [markdown]
+# No. Eight bits in blocks of 32 round so finely that there is nothing to learn. SEEN
+#
+# ## Why eight bits are seven
+#
+# W8A8 multiplies integers, too: `MatMulInteger`, weights per row, one range for all inputs. Many processors
+# multiply two pairs of bytes and add them up in 16 bits. Two products of 255 and 127 make 64,770; 16
+# bits with a sign end at 32,767. Beyond, they {term}`saturate <saturation>`, and no error is raised.
+# So the companion keeps inputs within seven bits (0 to 127) and stores weights unsigned, shifted
+# by 128, for which the kernel takes another way. Training rounds the same: `W8A8` has the range (0, 127).
+# The worst case, against sums in Python:
+
+# %%
+largest = nn.Sequential(nn.Linear(256, 8, bias=False))
+largest[0].weight.data = torch.where(torch.arange(256) % 3 == 0, -1.0, 1.0).repeat(8, 1)
+eight = convert(prepare_qat(largest, W8A8, "absmax"))
+ones = torch.ones(2, 256)
+answer = OnnxModel(export_onnx(eight, folder / "w8a8.onnx", example=ones))(ones)
+w, w_scale = read_integers(folder / "w8a8.onnx")["0"]
+exactly = 127 * w.astype(int).sum(1) * w_scale[:, 0] / 127
+print("served exactly:", np.allclose(answer.numpy(), exactly, rtol=1e-6))
+
+# %% [markdown]
+# ## An encoder
+#
+# The same call takes encoders. MiniLM for retrieval ([](ch12)), at W8A8: text in, vector out.
+
+# %%
+encoder = load_pretrained("sentence-transformers/all-MiniLM-L6-v2", head="retrieval")
+int8 = convert(prepare_qat(encoder, W8A8, "absmax", skip=["pooler"]))
+finder = OnnxModel(export_onnx(int8, folder / "finder.onnx"))
+texts = ["How do I sort a list?", "sorted() returns a new list.", "A lake is water among land."]
+tokens = load_tokenizer("sentence-transformers/all-MiniLM-L6-v2")(
+    texts, padding=True, return_tensors="pt"
+)
+vectors = finder.embed(tokens.input_ids, tokens.attention_mask)  # (3, 384)
+near, far = vectors[0] @ vectors[1], vectors[0] @ vectors[2]
+print("the answer is nearer than the lake:", bool(near > far + 0.2))
+with torch.no_grad():
+    reference = int8.embed(tokens.input_ids, tokens.attention_mask)
+print("vectors as PyTorch's int8 kernel computes them:",
+      bool((vectors - reference).abs().max() < 0.01))  # fmt: skip
+
+# %% [markdown]
+# ## How fast
+#
+# At last. docs-lm is too small to time honestly: its layers fit into the processor's cache. So the
+# benchmark takes the shape of SmolLM2-135M, a public language model, with random weights (a multiplication does
+# not care) and two threads; all engines in one run, in turns. Two phases matter: *prefill* reads a prompt
+# at once, *decode* goes on token by token.
+#
+# ```
+# python -m benchmarks.deployed_speed
+# ```
+
+# %%
+content = json.loads((Path("..") / "benchmarks" / "results" / "deployed_speed.json").read_text())
+frame = pd.DataFrame(content["records"])
+frame["model"] = frame["engine"].str.cat(frame["precision"], sep=", ")
+frame["file"] = frame["bytes"] / 1e6
+first = frame["bytes"][0]
+decode = frame[frame["phase"] == "decode"].set_index("model")
+columns = {"ms": "ms", "ratio_to_torch_float32": "x torch", "ratio_to_ort_float32": "x ORT"}
+print("one token, after a prompt of 64 (x: times as fast as that float32)")
+print(decode[list(columns)].rename(columns=columns).round(2).to_string(index_names=False))
+
+# %% mystnb={"image": {"alt": "SPEED"}}
+bars_with_limits(decode["ms"].to_dict(), decode["limit_ms"].to_dict(),
+                 xlabel="time for one token (ms, logarithmic)",
+                 limit="reading the weights once")  # fmt: skip
+
+# %% [markdown]
+# The marks are a limit that no kernel passes. For each token every weight is read once from
+# memory, so a token cannot take less than bytes over bandwidth,
+#
+# $$ t \ge \frac{n \, (b / 8 + 4 / g)}{B} , $$
+#
+# with $n$ weights of $b$ bits, a float32 scale for every $g$ of them, and the bandwidth $B$ of a
+# plain copy, measured in the same run. DECODE
+#
+# A prompt is another matter. Its tokens share each reading of the weights, so arithmetic is what counts.
+
+# %%
+prefill = frame[frame["phase"] == "prefill"].pivot(
+    index="model", columns="tokens", values="ratio_to_torch_float32"
+)
+prefill = prefill.loc[decode.index].add_prefix("prompt of ")
+print("times as fast as torch, float32")
+print(prefill.round(2).to_string(index_names=False))
+
+# %% [markdown]
+# PREFILL
+
+# %%
+sizes = decode[["file", "peak_mb"]].rename(
+    columns={"file": "file, MB", "peak_mb": "peak memory, MB"}
+)
+sizes.insert(1, "of float32", decode["bytes"] / first)
+print(sizes.round(3).to_string(index_names=False))
+
+# %% [markdown]
+# Each quantized file of ours in these tables has a twin: docs-lm, quantized and exported in the same way at the same level,
+# held against the model it was made from.
+
+# %%
+reports = decode["parity"].dropna()
+twins = pd.DataFrame(list(reports), index=reports.index).drop(columns=["scheme", "level"])
+twins["loss_difference"] = [
+    f"{v:.1e} [{low:.1e}, {high:.1e}]" for v, low, high in twins["loss_difference"]
+]
+print(twins.to_string(float_format="{:.1e}".format))
+
+# %% [markdown]
+# ## It talks
+#
+# The served model, at level 4, token by token, keys and values kept:
+
+# %% tags=["nbval-ignore-output"]
+tokenizer = load_tokenizer("docs-lm")
+talker = OnnxModel(fast)
+prompt = tokenizer("The for statement is used to", return_tensors="pt").input_ids
+told = list(talker.generate(prompt, max_new_tokens=40))
+print(tokenizer.decode(prompt[0].tolist() + told))
+
+# %% [markdown]
+# Greedy choice makes it repeatable: the same tokens as transformers' own `generate` on the converted
+# model, as long as no two tokens are nearly as likely. At level 0:
+
+# %%
+calm = OnnxModel(path)
+ours = list(calm.generate(prompt, max_new_tokens=20, stop=False))
+theirs = model.generate(prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+print("the same 20 tokens:", ours == theirs[0, prompt.shape[1] :].tolist())
+
+# %% [markdown]
+# ## From a command line
+#
+# All of this without a notebook. Every command has `--help`, and says in one line what is wrong.
+#
+# ```
+# companion finetune docs-lm --task notes.txt --scheme W4 --out mine
+# companion export mine/W4-g32-default served/model.onnx
+# companion generate served/model.onnx "The for statement"
+# companion bench docs-lm served/model.onnx
+# ```
+#
+# ## Exercises
+#
+# ```{exercise} Unsigned, and still right
+# :label: ch14-unsigned
+# A file stores weights as `w + 128` in unsigned bytes. Write `signed_product(weights, inputs)`, which
+# returns the sum of `w * x` for such weights and a tensor of int64 inputs, as a Python integer. Mind the
+# type in which you add. Replace the `...` and run the cell.
+# ```
+
+
+# %%
+def signed_product(weights, inputs): ...  # your turn
+
+
+check("ch14-unsigned", signed_product)
+
+# %% [markdown]
+# ```{solution} ch14-unsigned
+# :class: dropdown
+# Widen first, subtract after: $\sum (w + 128) x - 128 \sum x = \sum w x$.
+# ```
+
+
+# %% tags=["hide-cell"]
+def signed_product(weights, inputs):
+    return int((weights.long() * inputs).sum() - 128 * inputs.sum())
+
+
+check("ch14-unsigned", signed_product)
+
+# %% [markdown]
+# ```{exercise} As fast as memory
+# :label: ch14-limit
+# Write `limit_ms(weights, bits, group_size, bandwidth)`: the least time for a token in milliseconds, for
+# `weights` of `bits` bits with a float32 scale for each group, at `bandwidth` gigabytes (of $10^9$ bytes) per
+# second. Replace the `...` and run the cell.
+# ```
+
+
+# %%
+def limit_ms(weights, bits, group_size, bandwidth): ...  # your turn
+
+
+check("ch14-limit", limit_ms)
+
+# %% [markdown]
+# ```{solution} ch14-limit
+# :class: dropdown
+# Bytes over bytes per second, and a thousand milliseconds in one.
+# ```
+
+
+# %% tags=["hide-cell"]
+def limit_ms(weights, bits, group_size, bandwidth):
+    return 1000 * weights * (bits / 8 + 4 / group_size) / (1e9 * bandwidth)
+
+
+check("ch14-limit", limit_ms)
+
+# %% [markdown]
+# ## What we saw
+#
+# SUMMARY
+#
+# ## References
+#
+# - {cite:t}`williams2009`: the roofline, of which our limit is one slope.
+# - {cite:t}`jacob2018`: training sees the arithmetic that is served.
+# - {cite:t}`onnxruntime`: the runtime and its operators.
