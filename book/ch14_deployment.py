@@ -268,17 +268,29 @@ print("less than 0.005 nats, either way:", max(abs(gain.low), abs(gain.high)) < 
 #
 # ## Why eight bits are seven
 #
-# W8A8 multiplies integers, too: `MatMulInteger`, weights per row, one range for all inputs. Many processors
-# multiply two pairs of bytes and add them up in 16 bits. Two products of 255 and 127 make 64,770; 16
-# bits with a sign end at 32,767. Beyond, they {term}`saturate <saturation>`, and no error is raised.
-# So the companion keeps inputs within seven bits (0 to 127) and stores weights unsigned, shifted
-# by 128, for which the kernel takes another way. Training rounds the same: `W8A8` has the range (0, 127).
-# The worst case, against sums in Python:
+# W8A8 multiplies integers, too: `MatMulInteger`, one scale for each row of weights and one range for
+# all inputs. On processors with AVX2 but without the newer VNNI instructions, the kernel multiplies
+# unsigned inputs by signed weights, two pairs at once, and adds the two products in 16 bits. What
+# goes beyond 32,767 stays there: it {term}`saturates <saturation>`, and no error is raised. By hand,
+# the largest pairs:
 
 # %%
-largest = nn.Sequential(nn.Linear(256, 8, bias=False))
-largest[0].weight.data = torch.where(torch.arange(256) % 3 == 0, -1.0, 1.0).repeat(8, 1)
-eight = convert(prepare_qat(largest, W8A8, "absmax"))
+for bits in (8, 7):
+    for weight in (127, -128):
+        pair = 2 * (2**bits - 1) * weight
+        kept = np.clip(pair, -(2**15), 2**15 - 1)
+        print(f"inputs of {bits} bits: {pair:8,}  kept: {kept:8,}  exact: {pair == kept}")
+
+# %% [markdown]
+# So the companion keeps inputs within seven bits, from 0 to 127, and lets the weights have all eight.
+# Training rounds the same: `W8A8` has the range (0, 127). The worst case for the sums of the exported
+# layer, against sums in Python (a processor with VNNI would pass it with eight bits, too; yours may
+# not have it, and your users' may not):
+
+# %%
+extreme = nn.Sequential(nn.Linear(256, 8, bias=False))
+extreme[0].weight.data = torch.where(torch.arange(256) % 3 == 0, -1.0, 1.0).repeat(8, 1)
+eight = convert(prepare_qat(extreme, W8A8, "absmax"))
 ones = torch.ones(2, 256)
 answer = OnnxModel(export_onnx(eight, folder / "w8a8.onnx", example=ones))(ones)
 w, w_scale = read_integers(folder / "w8a8.onnx")["0"]
@@ -413,7 +425,7 @@ print("the same 20 tokens:", ours == theirs[0, prompt.shape[1] :].tolist())
 #
 # ```{exercise} Unsigned, and still right
 # :label: ch14-unsigned
-# A file stores weights as `w + 128` in unsigned bytes. Write `signed_product(weights, inputs)`, which
+# A runtime stores eight-bit weights as `w + 128` in unsigned bytes. Write `signed_product(weights, inputs)`, which
 # returns the sum of `w * x` for such weights and a tensor of int64 inputs, as a Python integer. Mind the
 # type in which you add. Replace the `...` and run the cell.
 # ```

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from companion.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from companion.errors import CheckpointError, NonFiniteLoss, NothingToTrain
 from companion.losses import LossFn, default_loss, distillation_loss
+from companion.processes import Processes, is_sharded
 from companion.stream import forever
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -67,12 +68,18 @@ def fit(
     resume: bool = False,
     progress: bool = True,
 ) -> History:
-    """Train a model for a fixed number of optimizer steps.
+    """Train a model for a fixed number of optimizer steps, in one process or in several.
+
+    Started by ``accelerate launch`` or ``torchrun``, the same call shares every batch among the
+    processes, each on its own device, in the precision that Accelerate is configured for; the
+    losses are those of one process with the whole batch. Only the first shows a bar and writes
+    checkpoints. (A range over a whole batch, as in W8A8 or batch norm, is each process's own.)
 
     Parameters
     ----------
     model : nn.Module
-        Trained in place, on the device where its parameters are.
+        Trained in place, on the device where its parameters are unless a launcher gives one. It
+        may have been sharded by `torch.distributed.fsdp.fully_shard`, without checkpoints then.
     loader : iterable of batches
         Anything that can be iterated again, such as a DataLoader or a list. The global random
         generators (and the loader's own, if it has one) are seeded at the start of each pass.
@@ -146,12 +153,23 @@ def fit(
             "no parameter of this model requires a gradient: quantized modules keep their weights "
             "as packed integers, which do not train. Train before convert(), not after"
         )
+    processes = Processes(parameters[0].device)
+    device = processes.device
+    if device != parameters[0].device:
+        model.to(device)
+        if teacher is not None:
+            teacher.to(device)
     model.train()
     optimizer = _make_optimizer(optimizer, parameters, lr)
     factor = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     named = schedule if isinstance(schedule, str) else getattr(schedule, "__qualname__", "custom")
     run = {"steps": steps, "accumulate": accumulate, "seed": seed, "schedule": named}
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
+    if path is not None and is_sharded(model):
+        raise CheckpointError(
+            "a sharded model has no process that could write all of it: leave checkpoint_dir out "
+            "and save it with torch.distributed.checkpoint"
+        )
     history, start, rng, best = History(), 0, None, {}
     if path is not None and path.exists():
         if not resume:
@@ -166,11 +184,13 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         history, rng, best = History(**saved["history"]), saved["rng"], saved["best"]
 
+    optimizer = processes.optimizer(optimizer)
+    loss_of = processes.loss(model, loss_fn)
     stream = forever(loader, seed, start * accumulate, rng)
-    device = parameters[0].device
     if validate is not None and not start:
-        best = _validate(model, validate, 0, history, best)
-    hide = {} if progress else {"disable": True}  # unless told here, TQDM_DISABLE decides
+        best = _validate(model, validate, 0, history, best, processes)
+    # unless told here, TQDM_DISABLE decides
+    hide = {} if progress and processes.first else {"disable": True}
     with tqdm(total=steps, initial=start, desc="fit", leave=False, **hide) as bar:
         for step in range(start, steps):
             if at and step in at:
@@ -179,16 +199,18 @@ def fit(
                 group["lr"] = group["initial_lr"] * factor(step / steps)
             optimizer.zero_grad()
             total = 0.0
-            for _ in range(accumulate):
-                batch = _to(next(stream), device)
-                loss = loss_fn(model, batch) / accumulate
-                _check_loss(loss, step)
-                loss.backward()
-                total += loss.item()
+            for part in range(accumulate):
+                batch, weight = processes.share(next(stream))
+                with processes.unsynchronised(part < accumulate - 1):
+                    loss = loss_of(_to(batch, device)) * weight / accumulate
+                    value = processes.mean(loss)
+                    _check_loss(loss, value, step)
+                    processes.backward(loss)
+                total += value
             if step == start and all(p.grad is None for p in parameters):
                 raise NothingToTrain(_NO_GRADIENT)
             if clip_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, clip_norm)
+                processes.clip(parameters, clip_norm)
             optimizer.step()
             history.loss.append(total)
             history.learning_rate.append(optimizer.param_groups[0]["lr"])
@@ -196,9 +218,11 @@ def fit(
             bar.update()
             done = step + 1
             if validate is not None and (done % validate_every == 0 or done == steps):
-                best = _validate(model, validate, done, history, best)
+                best = _validate(model, validate, done, history, best, processes)
             if path is not None and (done % checkpoint_every == 0 or done == steps):
-                write_checkpoint(path, model, optimizer, done, run, vars(history), best)
+                if processes.first:
+                    write_checkpoint(path, model, optimizer, done, run, vars(history), best)
+                processes.wait()
     if best:
         model.load_state_dict(best)
     return history
@@ -228,21 +252,26 @@ def _make_optimizer(optimizer, parameters: list, lr: float) -> torch.optim.Optim
 
 
 def _validate(
-    model: nn.Module, validate: Callable, done: int, history: History, best: dict
+    model: nn.Module,
+    validate: Callable,
+    done: int,
+    history: History,
+    best: dict,
+    processes: Processes,
 ) -> dict:
     """Record the validation value; return the weights that did best so far."""
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it is iterated
-        value = float(validate(model))
+        value = processes.mean(torch.tensor(float(validate(model)), dtype=torch.float64))
     history.validation.append([done, value])
     if value > min(v for _, v in history.validation):
         return best
     return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
 
 
-def _check_loss(loss: Tensor, step: int) -> None:
-    if not torch.isfinite(loss):
+def _check_loss(loss: Tensor, value: float, step: int) -> None:
+    if not math.isfinite(value):  # of all processes, so that all of them stop
         raise NonFiniteLoss(
-            f"the loss is {loss.item()} at step {step}: lower the learning rate, clip gradients "
+            f"the loss is {value} at step {step}: lower the learning rate, clip gradients "
             "(clip_norm=1.0) or look at the batch of that step"
         )
     if not loss.requires_grad:

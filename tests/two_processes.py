@@ -1,0 +1,60 @@
+"""Started by `torchrun` or by itself: trains docs-lm under rounding, and writes what happened.
+
+    torchrun --nproc-per-node 2 tests/two_processes.py RESULT.json [options]
+
+The options name what the tests vary. The batches are the same however many processes there are.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from companion import W2, W4, W4A8, fit, load_pretrained, prepare_qat
+from companion.stream import batches
+
+SCHEMES = {"W4": W4, "W2": W2, "W4A8": W4A8}
+
+
+def main(result: Path, options: dict) -> None:
+    torch.set_num_threads(1)
+    ids = torch.randint(10, 4000, (24, 33), generator=torch.Generator().manual_seed(0))
+    size = options.get("batch", 4)
+    data = [{"input_ids": x, "labels": x} for x in ids.split(size)]
+    model = load_pretrained("docs-lm")
+    teacher = load_pretrained("docs-lm") if options.get("teacher") else None
+    qat = prepare_qat(model, SCHEMES[options.get("scheme", "W4")], options.get("method", "lsq"))
+    if options.get("shard"):
+        from torch.distributed.fsdp import fully_shard
+
+        torch.distributed.init_process_group("gloo")
+        for block in qat.model.layers:
+            fully_shard(block)
+        fully_shard(qat)
+    validate = None
+    if options.get("validate"):
+        validation = batches(data, 1, seed=9)[0]
+        validate = lambda m: m(**validation).loss  # noqa: E731
+    folder = result.parent / "run" if options.get("checkpoint") else None
+    history = fit(
+        qat, data, steps=options.get("steps", 6), lr=1e-3, teacher=teacher,
+        accumulate=options.get("accumulate", 1), validate=validate, validate_every=2,
+        checkpoint_dir=folder, checkpoint_every=2, resume=bool(options.get("resume")),
+    )  # fmt: skip
+    norm = sum(
+        (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().double().square().sum()
+        for p in qat.parameters()
+    )
+    rank = os.environ.get("RANK", "0")
+    found = {"loss": history.loss, "validation": history.validation, "norm": norm.item(),
+             "device": str(next(qat.parameters()).device), "dtype": str(next(qat.parameters()).dtype),
+             "processes": int(os.environ.get("WORLD_SIZE", "1"))}  # fmt: skip
+    result.with_suffix(f".{rank}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
