@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -190,10 +192,11 @@ def write_graph(model: nn.Module, path: str | Path, *, example: Tensor | None = 
     path = Path(path)
     graph, description = _graph(model, example)
     try:
-        program = torch.onnx.export(
-            graph.module.eval(), graph.inputs, dynamo=True, opset_version=OPSET, verbose=False,
-            dynamic_shapes=graph.shapes, input_names=graph.names, output_names=graph.outputs,
-        )  # fmt: skip
+        with _grouped_heads():
+            program = torch.onnx.export(
+                graph.module.eval(), graph.inputs, dynamo=True, opset_version=OPSET, verbose=False,
+                dynamic_shapes=graph.shapes, input_names=graph.names, output_names=graph.outputs,
+            )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise UnsupportedModel(f"{type(model).__name__} cannot be traced: {reason}") from error
@@ -211,6 +214,23 @@ def write_graph(model: nn.Module, path: str | Path, *, example: Tensor | None = 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+@contextmanager
+def _grouped_heads() -> Iterator[None]:
+    """Keep transformers from repeating keys and values for every head that shares them.
+
+    ONNX's Attention shares them itself; the copies are 18 operators of each layer.
+    """
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _graph(model: nn.Module, example: Tensor | None) -> tuple[_Graph, Description]:

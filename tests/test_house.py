@@ -21,6 +21,7 @@ FLOORS = {
     "checkpoint": 1,
     "evaluate": 1,
     "cost": 1,
+    "memory": 1,
     "plots": 1,
     "panels": 2,
     "diagrams": 2,

@@ -1,0 +1,156 @@
+"""How much memory training takes, by arithmetic and by measurement.
+
+Floor 1 of the house. Built in chapter 15.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+MASK_BYTES = {"float": 0, "absmax": 4, "mse": 4, "lsq": 5}
+"""What a method keeps for each rounded weight until the backward pass: which ones were clipped
+(absmax, mse: in float32; lsq: in a byte, and in float32 the gradient of the step)."""
+_PAUSE = 0.002
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a training run, without activations, which depend on the batch.
+
+    Parameters
+    ----------
+    weights, gradients, optimizer : float
+    rounding : float
+        Rounded copies of the weights and masks, kept from the forward to the backward pass.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    rounding: float
+
+    @property
+    def peak(self) -> float:
+        """The larger of two moments: the end of the forward pass, and of the backward pass.
+
+        At the first, all rounded copies are there and no gradient is; at the second, the reverse.
+        """
+        return self.weights + self.optimizer + max(self.rounding, self.gradients)
+
+
+def training_memory(
+    parameters: float,
+    rounded: float = 0.0,
+    *,
+    method: str = "lsq",
+    trained: float | None = None,
+    weight_bytes: int = 4,
+    segments: int = 1,
+    processes: int = 1,
+) -> TrainingMemory:
+    """Add up what fine-tuning with AdamW takes, under rounding or not.
+
+    Parameters
+    ----------
+    parameters : float
+        Of the model.
+    rounded : float
+        Of them, those that fake quantization rounds; 0 trains in floating point.
+    method : {"absmax", "mse", "lsq"}
+        As in `prepare_qat`.
+    trained : float, optional
+        Parameters that receive a gradient; default all. With LoRA, those of the adapters, which
+        come in addition.
+    weight_bytes : int
+        4 for float32, 2 for a frozen bfloat16 model under LoRA. What is trained takes 4.
+    segments : int
+        Parts, such as the blocks of a transformer, that gradient checkpointing computes again;
+        one of them at a time then holds rounded copies.
+    processes : int
+        That share weights, gradients and optimizer states (FSDP).
+
+    Returns
+    -------
+    TrainingMemory
+
+    Examples
+    --------
+    >>> in_float, qat = training_memory(1e9), training_memory(1e9, 1e9)
+    >>> in_float.peak / 1e9, qat.peak / 1e9  # bytes for each parameter
+    (16.0, 21.0)
+    >>> training_memory(1e9, 1e9, segments=20).peak / 1e9
+    16.0
+    """
+    adapters = trained is not None
+    trained = parameters if trained is None else trained
+    weights = parameters * weight_bytes + (4 * trained if adapters else 0)
+    rounding = rounded * (weight_bytes + MASK_BYTES[method]) / segments
+    return TrainingMemory(
+        weights / processes, 4 * trained / processes, 8 * trained / processes, rounding
+    )
+
+
+class PeakMemory:
+    """Measure how much memory a block of code takes at most, beyond what there was before it.
+
+    On a CPU the memory of the process is sampled, every two milliseconds; on a GPU PyTorch counts
+    its own allocations exactly.
+
+    Parameters
+    ----------
+    device : torch.device or str
+
+    Attributes
+    ----------
+    bytes : int
+        After the block.
+
+    Examples
+    --------
+    >>> with PeakMemory() as peak:
+    ...     x = torch.ones(50_000_000)
+    >>> 150e6 < peak.bytes < 250e6
+    True
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.bytes = 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            return self
+        self._before = _resident()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+            return
+        self._done.set()
+        self._thread.join()
+        self._see()
+
+    def _sample(self) -> None:
+        while not self._done.wait(_PAUSE):
+            self._see()
+
+    def _see(self) -> None:
+        self.bytes = max(self.bytes, _resident() - self._before)
+
+
+def _resident() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,83 @@
+"""The arithmetic of memory against what autograd keeps, and against a process that trains."""
+
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from companion import W4, fit, prepare_qat
+from companion.memory import PeakMemory, TrainingMemory, training_memory
+
+WIDTH, DEPTH = 1024, 24
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH)))
+
+
+def kept_for_backward(model: nn.Module) -> int:
+    """Bytes of distinct tensors that a forward pass keeps, but for the parameters themselves."""
+    own = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    x = torch.ones(1, WIDTH)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(tensor.nbytes for tensor in kept.values())
+
+
+@pytest.mark.parametrize("method", ["absmax", "mse", "lsq"])
+def test_what_rounding_keeps(method):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    kept = kept_for_backward(prepare_qat(model, W4, method)) - kept_for_backward(model)
+    expected = training_memory(WIDTH**2, WIDTH**2, method=method).rounding
+    assert kept == pytest.approx(expected, rel=0.02)  # scales are kept, too
+
+
+def train(rounded: bool) -> int:
+    model = net()
+    if rounded:
+        model = prepare_qat(model, W4, "lsq")
+    batch = (torch.randn(4, WIDTH), torch.tensor([0, 1, 2, 3]))
+    fit(nn.Linear(1, 2), [(torch.ones(1, 1), torch.tensor([0]))], steps=1, progress=False)
+    with PeakMemory() as peak:
+        fit(model, [batch], steps=3, lr=1e-5, progress=False)
+    return peak.bytes + sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_run_takes_what_was_added_up(rounded):
+    count = DEPTH * WIDTH**2
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        measured = pool.submit(train, rounded).result()
+    assert measured == pytest.approx(training_memory(count, count * rounded).peak, rel=0.1)
+
+
+def test_adapters_come_on_top_of_a_frozen_model():
+    memory = training_memory(1000, 1000, trained=10, weight_bytes=2, method="mse")
+    assert memory == TrainingMemory(2040, 40, 80, 6000)
+    assert memory.peak == 2040 + 80 + 6000
+
+
+def test_processes_share_everything_but_rounded_copies():
+    one, eight = training_memory(1000, 800), training_memory(1000, 800, processes=8)
+    assert (eight.weights, eight.gradients, eight.optimizer) == (500, 500, 1000)
+    assert eight.rounding == one.rounding == 7200
+    assert training_memory(1000, 800, processes=8, segments=10).peak == 500 + 1000 + 720
+
+
+def test_the_sampler_sees_what_is_gone_at_the_end():
+    with PeakMemory() as peak:
+        x = torch.ones(25_000_000)
+        time.sleep(0.05)
+        del x
+    assert 80e6 < peak.bytes < 200e6
