@@ -98,7 +98,8 @@ class PeakMemory:
     """Measure how much memory a block of code takes at most, beyond what there was before it.
 
     On a CPU the memory of the process is sampled, every two milliseconds; on a GPU PyTorch counts
-    its own allocations exactly.
+    its own allocations exactly. Linux's glibc keeps holes between tensors for later: started with
+    ``MALLOC_MMAP_THRESHOLD_=65536`` in its environment, a process holds what it needs.
 
     Parameters
     ----------

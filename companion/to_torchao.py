@@ -88,12 +88,14 @@ def _tensor(layer: Packed) -> Tensor:
 def _intx(integers: Tensor, scale: Tensor, layer: Packed) -> Tensor:
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    inputs = None if isinstance(layer, QuantizedEmbedding) else layer.scheme.activations
+    inputs = layer.scheme.activations  # an embedding ignores them, but may share its tensor
     if inputs not in (None, W4A8.activations):
-        raise UnsupportedModel(
-            f"torchao has no counterpart of {inputs}: convert with W8A8, with "
-            "Activations(8, 'token'), or without activations"
-        )
+        if not isinstance(layer, QuantizedEmbedding):
+            raise UnsupportedModel(
+                f"torchao has no counterpart of {inputs}: convert with W8A8, with "
+                "Activations(8, 'token'), or without activations"
+            )
+        inputs = None
     return IntxUnpackedToInt8Tensor(
         integers,
         scale,

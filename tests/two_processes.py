@@ -12,10 +12,14 @@ from pathlib import Path
 
 import torch
 
-from companion import W2, W4, W4A8, fit, load_pretrained, prepare_qat
+from companion import W2, W4, W4A8, fit, load_pretrained, prepare_qat, train
 from companion.stream import batches
 
 SCHEMES = {"W4": W4, "W2": W2, "W4A8": W4A8}
+
+
+def fail() -> None:
+    raise RuntimeError("failed on purpose")
 
 
 def main(result: Path, options: dict) -> None:
@@ -33,6 +37,8 @@ def main(result: Path, options: dict) -> None:
         for block in qat.model.layers:
             fully_shard(block)
         fully_shard(qat)
+    counted, write = [], train.write_checkpoint
+    train.write_checkpoint = lambda *args: (counted.append(1), write(*args))
     validate = None
     if options.get("validate"):
         validation = batches(data, 1, seed=9)[0]
@@ -42,13 +48,14 @@ def main(result: Path, options: dict) -> None:
         qat, data, steps=options.get("steps", 6), lr=1e-3, teacher=teacher,
         accumulate=options.get("accumulate", 1), validate=validate, validate_every=2,
         checkpoint_dir=folder, checkpoint_every=2, resume=bool(options.get("resume")),
+        at={options["fail_at"]: fail} if "fail_at" in options else None,
     )  # fmt: skip
     norm = sum(
         (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().double().square().sum()
         for p in qat.parameters()
     )
     rank = os.environ.get("RANK", "0")
-    found = {"loss": history.loss, "validation": history.validation, "norm": norm.item(),
+    found = {"loss": history.loss, "written": len(counted), "validation": history.validation, "norm": norm.item(),
              "device": str(next(qat.parameters()).device), "dtype": str(next(qat.parameters()).dtype),
              "processes": int(os.environ.get("WORLD_SIZE", "1"))}  # fmt: skip
     result.with_suffix(f".{rank}.json").write_text(json.dumps(found))

@@ -1,0 +1,127 @@
+"""`fit` in two processes: the curve of one, one writer, one bar; and a model that FSDP2 sharded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from companion import fit
+from companion.checkpoint import CHECKPOINT
+from companion.errors import CheckpointError
+from companion.processes import Processes, is_sharded
+
+SCRIPT = Path(__file__).parent / "two_processes.py"
+
+
+def run(folder: Path, processes: int, environment: dict | None = None, **options):
+    """Train in so many processes; return what each of them found, and what they printed."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, str(SCRIPT), str(folder / "result.json"), json.dumps(options)]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                        str(processes)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1",
+                   "TQDM_DISABLE": "", **(environment or {})}  # fmt: skip
+    if processes > 1:
+        environment.pop("RANK", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    if done.returncode:
+        return done
+    files = [folder / f"result.{rank}.json" for rank in range(processes)]
+    return [json.loads(file.read_text()) for file in files], done.stderr
+
+
+def differ(a: list, b: list) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def test_two_processes_have_the_curve_of_one_and_one_writer(tmp_path):
+    options = {"teacher": True, "accumulate": 2, "validate": True, "checkpoint": True}
+    (one,), _ = run(tmp_path / "one", 1, **options)
+    (first, second), bars = run(tmp_path / "two", 2, **options)
+    assert (one["processes"], first["processes"]) == (1, 2)
+    assert len(one["loss"]) == 6
+    assert differ(one["loss"], first["loss"]) < 1e-5
+    assert first["loss"] == second["loss"]
+    validation = [[v for _, v in found["validation"]] for found in (one, first)]
+    assert len(validation[0]) == 4
+    assert differ(*validation) < 1e-5
+    assert first["norm"] == second["norm"] == pytest.approx(one["norm"], rel=1e-6)
+    files = [sorted(p.name for p in (tmp_path / name / "run").iterdir()) for name in ("one", "two")]
+    assert files == [[CHECKPOINT], [CHECKPOINT]]
+    assert (one["written"], first["written"], second["written"]) == (3, 3, 0)
+    assert bars.count("fit:   0%") == 1
+
+
+def test_rows_that_two_do_not_divide_weigh_what_they_are(tmp_path):
+    """Three rows: one process computes one, the other two; a plain mean would be another."""
+    (one,), _ = run(tmp_path / "one", 1, batch=3, steps=3)
+    (two, _), _ = run(tmp_path / "two", 2, batch=3, steps=3)
+    assert differ(one["loss"], two["loss"]) < 1e-5
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
+    failed = run(tmp_path, 2, batch=1)
+    assert "a batch of 1 cannot be shared by 2 processes" in failed.stderr
+
+
+def test_a_run_of_two_is_continued_by_two(tmp_path):
+    """Killed after its checkpoint of step 4, the same command trains the last two steps."""
+    (whole, _), _ = run(tmp_path, 2)
+    failed = run(tmp_path, 2, checkpoint=True, fail_at=5)
+    assert "failed on purpose" in failed.stderr
+    assert (tmp_path / "run" / CHECKPOINT).exists()
+    (first, second), _ = run(tmp_path, 2, checkpoint=True, resume=True)
+    assert first["loss"] == second["loss"] == whole["loss"]
+    assert (first["written"], first["norm"]) == (1, whole["norm"])
+
+
+def test_fsdp2_trains_as_one_process_does(tmp_path):
+    (one,), _ = run(tmp_path / "one", 1)
+    (two, _), _ = run(tmp_path / "two", 2, shard=True)
+    assert differ(one["loss"], two["loss"]) < 1e-5
+    assert two["norm"] == pytest.approx(one["norm"], rel=1e-6)
+    failed = run(tmp_path / "no", 2, shard=True, checkpoint=True)
+    assert "a sharded model has no process that could write all of it" in failed.stderr
+
+
+def test_precision_comes_from_the_launcher(tmp_path):
+    """bfloat16 computes other losses, near those of float32; the weights stay in float32."""
+    (full,), _ = run(tmp_path / "full", 1)
+    (half,), _ = run(tmp_path / "half", 1, {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert half["dtype"] == "torch.float32"
+    assert 1e-6 < differ(full["loss"], half["loss"]) < 0.2
+
+
+def test_alone_nothing_changes():
+    alone = Processes(torch.device("cpu"))
+    batch = {"x": torch.ones(3, 2)}
+    assert (alone.count, alone.first) == (1, True)
+    assert alone.share(batch) == (batch, 1.0)
+    assert alone.mean(torch.tensor(0.1, dtype=torch.float64)) == 0.1
+    assert not is_sharded(nn.Linear(2, 2))
+
+
+def test_accelerate_may_not_shard(monkeypatch):
+    from accelerate import Accelerator
+
+    class Sharding:
+        value = "FSDP"
+
+    monkeypatch.setattr(Accelerator, "distributed_type", Sharding)
+    with pytest.raises(ValueError, match="fully_shard"):
+        fit(nn.Linear(1, 2), [(torch.ones(1, 1), torch.tensor([0]))], steps=1)
+
+
+def test_a_sharded_model_is_not_written(monkeypatch, tmp_path):
+    from companion import train
+
+    monkeypatch.setattr(train, "is_sharded", lambda model: True)
+    with pytest.raises(CheckpointError, match="sharded"):
+        fit(nn.Linear(1, 2), [(torch.ones(1, 1), torch.tensor([0]))], steps=1,
+            checkpoint_dir=tmp_path)  # fmt: skip
