@@ -1,6 +1,6 @@
-"""Figures of deployment: a block of weights down to its bytes, and speeds beside their limits.
+"""Figures of Part IV: a block of weights down to its bytes, speeds beside limits, parts of memory.
 
-Floor 2 of the house. Built in chapter 14.
+Floor 2 of the house. Built in chapters 14 and 15.
 """
 
 from __future__ import annotations
@@ -45,6 +45,43 @@ def byte_by_byte(rows: Mapping[str, Sequence[str]]) -> Figure:
     ax.set_ylim(-len(rows), 0)
     ax.axis("off")
     fig.tight_layout(pad=0.2)
+    plt.close(fig)
+    return fig
+
+
+def stacked_bars(values: Mapping[str, Mapping[str, float]], *, xlabel: str) -> Figure:
+    """Draw bars that are made of parts, one below the other.
+
+    Parameters
+    ----------
+    values : mapping of str to mapping of str to float
+        By bar, then by part; all bars have the same parts.
+    xlabel : str
+
+    Examples
+    --------
+    >>> stacked_bars({"float": {"weights": 4, "rest": 12}, "int4": {"weights": 1, "rest": 0}},
+    ...              xlabel="bytes")
+    <Figure size 792x231 with 1 Axes>
+    """
+    with plt.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(7.2, 1.2 + 0.45 * len(values)))
+    left = np.zeros(len(values))
+    for part, colour, hatch in zip(
+        next(iter(values.values())), COLOURS, ("", "//", "..", "\\\\"), strict=False
+    ):
+        widths = np.array([bar[part] for bar in values.values()])
+        ax.barh(list(values), widths, left=left, height=0.6, color=colour, label=part,
+                hatch=hatch, edgecolor="white")  # fmt: skip
+        left = left + widths
+    for row, total in enumerate(left):
+        ax.text(total, row, f" {total:.3g}", va="center")
+    ax.set_xlim(0, 1.1 * left.max())
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(xlabel)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    fig.tight_layout()
     plt.close(fig)
     return fig
 

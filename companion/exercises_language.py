@@ -144,4 +144,26 @@ LANGUAGE_MODELS: dict[str, Exercise] = {
         "a weight takes bits / 8 bytes and its part of a 4-byte scale; a gigabyte has 1e9 bytes.",
         [(134e6, 4, 32, 20.0), (7e9, 8, 64, 50.0), (1e6, 2, 32, 11.5)],
     ),
+    "ch15-cards": Exercise(
+        lambda parameters, gigabytes: math.ceil(16 * parameters / (1e9 * gigabytes)),
+        "four bytes for the weight, four for its gradient, eight for two moments; round up.",
+        [(70e9, 80), (8e9, 24), (1e9, 16), (1.1e9, 16)],
+    ),
+    "ch15-mean": Exercise(
+        lambda rows, losses: sum(n * x for n, x in zip(rows, losses, strict=True)) / sum(rows),
+        "a part with more rows weighs more: multiply by its rows, divide by all of them.",
+        [([1, 2], [3.0, 6.0]), ([4, 4], [1.0, 2.0]), ([1, 1, 6], [8.0, 0.0, 4.0])],
+    ),
+    "ch16-share": Exercise(
+        lambda control, ptq, qat: math.log(ptq / qat) / math.log(ptq / control),
+        "the loss in nats is the logarithm of the perplexity.",
+        [(29.461, 140.294, 48.768), (8.905, 11.878, 9.859)],
+    ),
+    "ch16-cache": Exercise(
+        lambda parameters, bits, layers, heads, width: (
+            math.floor(parameters * bits / (8 * 2 * 2 * layers * heads * width)) + 1
+        ),
+        "a token keeps a key and a value, of two bytes a number, in every layer and head.",
+        [(135e6, 4, 30, 3, 64), (8e9, 4, 32, 8, 128), (27e9, 4, 62, 16, 128)],
+    ),
 }

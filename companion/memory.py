@@ -26,20 +26,34 @@ class TrainingMemory:
     weights, gradients, optimizer : float
     rounding : float
         Rounded copies of the weights and masks, kept from the forward to the backward pass.
+    segments : int
+        Parts that gradient checkpointing computes again, one at a time; 1 without it.
     """
 
     weights: float
     gradients: float
     optimizer: float
     rounding: float
+    segments: int = 1
+
+    @property
+    def at_peak(self) -> dict[str, float]:
+        """What is there at the larger of two moments: before the last segment's backward, and after.
+
+        Before, its rounded copies are there and its gradients are not; after, the reverse.
+        Without checkpointing there is one segment, the whole model.
+        """
+        segment = {"gradients": self.gradients / self.segments,
+                   "rounded copies": self.rounding / self.segments}  # fmt: skip
+        gone = min(segment, key=segment.__getitem__)
+        parts = {"gradients": self.gradients, "rounded copies": segment["rounded copies"]}
+        parts[gone] -= segment[gone]
+        return {"weights": self.weights, "moments": self.optimizer} | parts
 
     @property
     def peak(self) -> float:
-        """The larger of two moments: the end of the forward pass, and of the backward pass.
-
-        At the first, all rounded copies are there and no gradient is; at the second, the reverse.
-        """
-        return self.weights + self.optimizer + max(self.rounding, self.gradients)
+        """Bytes at that moment."""
+        return sum(self.at_peak.values())
 
 
 def training_memory(
@@ -83,15 +97,14 @@ def training_memory(
     >>> in_float.peak / 1e9, qat.peak / 1e9  # bytes for each parameter
     (16.0, 21.0)
     >>> training_memory(1e9, 1e9, segments=20).peak / 1e9
-    16.0
+    16.25
     """
     adapters = trained is not None
     trained = parameters if trained is None else trained
     weights = parameters * weight_bytes + (4 * trained if adapters else 0)
-    rounding = rounded * (weight_bytes + MASK_BYTES[method]) / segments
-    return TrainingMemory(
-        weights / processes, 4 * trained / processes, 8 * trained / processes, rounding
-    )
+    rounding = rounded * (weight_bytes + MASK_BYTES[method])
+    shared = (part / processes for part in (weights, 4 * trained, 8 * trained))
+    return TrainingMemory(*shared, rounding, segments)
 
 
 class PeakMemory:

@@ -3,7 +3,7 @@
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
-from companion.diagrams import bars_with_limits, byte_by_byte
+from companion.diagrams import bars_with_limits, byte_by_byte, stacked_bars
 from companion.plots import COLOURS
 
 
@@ -30,3 +30,12 @@ def test_each_bar_has_its_own_limit():
     assert low < 5.0
     assert high > 50.0
     assert ax.get_legend().get_texts()[0].get_text() == "least"
+
+
+def test_parts_of_a_bar_stand_end_to_end():
+    figure = stacked_bars({"a": {"x": 1.0, "y": 2.0}, "b": {"x": 3.0, "y": 0.5}}, xlabel="bytes")
+    (ax,) = figure.axes
+    spans = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
+    assert spans == [(0, 1.0), (0, 3.0), (1.0, 2.0), (3.0, 0.5)]
+    assert [text.get_text() for text in ax.texts] == [" 3", " 3.5"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["x", "y"]

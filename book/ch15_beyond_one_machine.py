@@ -1,0 +1,376 @@
+# %% [markdown]
+# (ch15)=
+# # Beyond one machine
+#
+# :::{epigraph}
+# Some way along the road the basket had become so heavy that Dorothy could not lift it. The Woodman
+# took one handle, the Scarecrow the other, and she and the Lion divided what did not fit. "Won't we
+# walk apart, with our different legs?" asked the Scarecrow. "Not if we stop at every milestone," said
+# the Woodman, "and all agree on where we are." So they did, and it was as if one person walked.
+# :::
+#
+# Our models fit on a laptop. Yours may not. This chapter takes the same `fit` to several processes,
+# adds up what memory goes where, and says which of it we ran and which we only reckoned.
+#
+# **What you will learn**
+#
+# - to train with several processes or devices, without changing a line;
+# - what mixed precision does to a rounded weight;
+# - where the memory goes at a billion parameters, and at seventy, by an arithmetic that a measurement
+#   confirms;
+# - the ways to need less of it: checkpointing, LoRA, sharding.
+#
+# *Running time: about two minutes on two cores.*
+
+# %%
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from companion import W4, load_pretrained, load_task, prepare_qat
+from companion.check import check
+from companion.diagrams import stacked_bars
+from companion.memory import training_memory
+
+warnings.filterwarnings("ignore")
+torch.manual_seed(0)
+folder = Path(tempfile.mkdtemp())
+
+# %% [markdown]
+# ## One batch, several processes
+#
+# The loss of a batch is a mean over its rows. So its gradient is the mean of the gradients of its
+# parts, each weighted by its share of the rows:
+#
+# $$ \nabla \frac1n \sum_{i=1}^{n} \ell_i \;=\; \sum_{p} \frac{n_p}{n} \, \nabla \Bigl(
+# \frac{1}{n_p} \sum_{i \in p} \ell_i \Bigr) . $$
+#
+# If every process computes one part and they average their gradients, all of them take the step that
+# one process would have taken with the whole batch. By hand, with three rows in parts of one and two:
+
+# %%
+task = load_task("language-reference", batch_size=4, block_size=64)
+qat = prepare_qat(load_pretrained("docs-lm"), W4)
+ids = next(iter(task.validation))["input_ids"][:3]  # (3, 64)
+
+
+def gradient(rows):
+    loss = qat(input_ids=rows, labels=rows).loss
+    return torch.autograd.grad(loss, list(qat.parameters()))
+
+
+whole, first, second = gradient(ids), gradient(ids[:1]), gradient(ids[1:])
+parts = [a / 3 + 2 * b / 3 for a, b in zip(first, second, strict=True)]
+print("gradient of the whole batch:", all(
+    torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(whole, parts, strict=True)))  # fmt: skip
+
+# %% [markdown]
+# Nobody writes this by hand. `fit` runs on Hugging Face's Accelerate: started by `torchrun` or by
+# `accelerate launch`, it notices its fellow processes, takes its share of every batch, and lets PyTorch's
+# `DistributedDataParallel` average the gradients. A script needs nothing special:
+
+# %%
+script = folder / "train.py"
+script.write_text("""
+import json, os, sys
+from companion import W4, fit, load_pretrained, load_task, prepare_qat
+
+task = load_task("language-reference", batch_size=4, block_size=64)
+qat = prepare_qat(load_pretrained("docs-lm"), W4)
+history = fit(qat, task.train, steps=8, lr=5e-4, checkpoint_dir=sys.argv[1])
+if os.environ.get("RANK", "0") == "0":
+    print(json.dumps(history.loss))
+""")
+
+
+def run(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", *map(str, command)],
+                          capture_output=True, text=True, env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+one = run(script, folder / "one")
+two = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+          script, folder / "two")  # fmt: skip
+
+# %% [markdown]
+# The second command is what `torchrun --nproc-per-node 2 train.py` does. Two processes, one curve:
+
+# %% tags=["nbval-ignore-output"]
+print(pd.DataFrame({"one process": one, "two": two}).round(6).to_string())
+
+# %%
+print("within 0.00001:", max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5)
+print("files of two:  ", [path.name for path in (folder / "two").iterdir()])
+
+# %% [markdown]
+# One file, since only the first process writes, and only the first shows a bar. The checkpoint is still
+# ours: safetensors and JSON. (Accelerate's own `save_state` writes pickles.)
+#
+# Three things remain each process's own: the range of activations that is taken over a whole batch (W8A8),
+# the statistics of batch norm, and the random numbers of dropout, which are the same in each.
+#
+# ## Half the bytes to compute in
+#
+# Mixed precision keeps the weights in float32 and multiplies in bfloat16. The launcher decides:
+#
+# ```
+# accelerate launch --mixed_precision bf16 train.py
+# ACCELERATE_MIXED_PRECISION=bf16 torchrun --nproc-per-node 8 train.py
+# ```
+#
+# bfloat16 has eight binary digits for a value. An integer of four bits times a scale of float16, which
+# has eleven, does not fit, so the rounded weight is rounded a second time. How much is that, beside the
+# rounding we train for?
+
+# %%
+layer = qat.model.layers[0].mlp.down_proj
+with torch.no_grad():
+    weight, rounded = layer.weight, layer.quantizer(layer.weight)
+    twice = rounded.to(torch.bfloat16).float()
+error = (twice - rounded).norm() / (rounded - weight).norm()
+print("a fiftieth of the rounding, or less:", (error < 0.02).item())
+
+# %% [markdown]
+# That can be trained through. Convert and measure in float32 all the same: what is served has no second
+# rounding, or another one.
+#
+# ## Where the memory goes
+#
+# Count bytes for each parameter. AdamW keeps two moments:
+#
+# | | bytes | lives |
+# |---|---|---|
+# | weight | 4 | always |
+# | two moments | 8 | from the first step on |
+# | gradient | 4 | from the backward pass to the step |
+# | rounded copy | 4 | from the forward to the backward pass |
+# | what learned steps keep: the gradient of the scale, and which weights were clipped | 5 | likewise |
+#
+# Fake quantization costs more than it seems: the matrix multiplication needs the *rounded* weight
+# again for its own backward pass, so all rounded copies wait. But they wait *before* the gradients
+# arrive, and are gone when the gradients are all there. The peak is the larger of two moments:
+#
+# $$ \text{float: } 4 + 8 + 4 = 16, \qquad
+# \text{learned steps: } 4 + 8 + \max(4,\; 4 + 5) = 21 \text{ bytes.} $$
+
+# %%
+in_float, rounded = training_memory(1e9), training_memory(1e9, 1e9, method="lsq")
+print("companion:", in_float.peak / 1e9, "and", rounded.peak / 1e9, "bytes for each parameter")
+
+# %% [markdown]
+# **Checkpointing** {cite:p}`chen2016` (of gradients, not of runs) throws away what a block of the
+# network keeps, and computes it again when the backward pass comes by. It is known for saving activations.
+# Under rounding it does more: rounded copies of *one* block at a time.
+#
+# **LoRA** ([](ch11)) trains a small share of the parameters, so gradients and moments all but vanish. The
+# rounded copies don't: the gradient has to pass through every layer.
+
+# %% [markdown]
+# ### Measured
+#
+# Arithmetic is patient. So a process trains the blocks of SmolLM2-135M, twelve of them, two steps in
+# each way, and samples its own memory:
+
+# %%
+script = folder / "measure.py"
+script.write_text("""
+import json, sys
+import peft, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from companion import W4, fit, prepare_qat
+from companion.arms import lora
+from companion.memory import PeakMemory
+
+way = sys.argv[1]
+config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=12, vocab_size=1024,
+                     num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+ids = torch.arange(16)[None]
+small = [(torch.ones(1, 1), torch.tensor([0]))]
+fit(torch.nn.Linear(1, 2), small, steps=1, progress=False)  # loads what fit needs
+with PeakMemory() as peak:
+    model = LlamaForCausalLM(config)
+    parameters = model.num_parameters()
+    if way != "float":
+        model = lora(model, W4) if way == "LoRA" else prepare_qat(model, W4)
+    if way == "checkpointed":
+        model.gradient_checkpointing_enable()
+    fit(model, [{"input_ids": ids, "labels": ids}], steps=2, progress=False)
+rounded = sum(m.weight.numel() for m in model.modules() if hasattr(m, "quantizer"))
+trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+print(json.dumps([parameters, rounded, trained, peak.bytes]))
+""")
+os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # see below
+ways = ("float", "rounded", "checkpointed", "LoRA")
+measured = {way: run(script, way) for way in ways}
+
+# %%
+reckoned = {}
+for way, (parameters, rounded, trained, _) in measured.items():
+    reckoned[way] = training_memory(
+        parameters, rounded, method="mse" if way == "LoRA" else "lsq",
+        trained=trained if way == "LoRA" else None, segments=12 if way == "checkpointed" else 1,
+    )  # fmt: skip
+print({way: f"{memory.peak / 1e6:.0f} MB" for way, memory in reckoned.items()})
+
+# %% tags=["nbval-ignore-output"]
+print({way: f"{found[-1] / 1e6:.0f} MB" for way, found in measured.items()})
+
+# %%
+for way in ways:
+    print(f"{way + ':':14}", "within 10 %:", abs(measured[way][-1] / reckoned[way].peak - 1) < 0.1)
+
+# %% [markdown]
+# What is left over is a few activations and the temporary tensors of a single layer. The line about
+# `MALLOC_MMAP_THRESHOLD_` makes Linux's C library give back each tensor that is freed. By default it keeps
+# them for later, and a small tensor in the hole of a large one splits it; under rounding, where large and
+# small ones alternate, a process comes to hold far more than it needs. If your machine swaps, try that
+# variable first.
+#
+# ### At a billion, and at seventy
+
+# %%
+cases = {
+    "1B, float": training_memory(1e9),
+    "1B, rounded": training_memory(1e9, 1e9),
+    "1B, checkpointed": training_memory(1e9, 1e9, segments=16),
+    "1B, LoRA, bf16": training_memory(1e9, 1e9, method="mse", trained=1e7, weight_bytes=2, segments=16),
+    "70B, float": training_memory(70e9),
+    "70B, rounded": training_memory(70e9, 70e9),
+    "70B, 64 GPUs": training_memory(70e9, 70e9, segments=80, processes=64),
+    "70B, LoRA, bf16": training_memory(70e9, 70e9, method="mse", trained=2e8, weight_bytes=2,
+                                       segments=80),
+}  # fmt: skip
+rows = {name: {"weights": m.weights, "moments": m.optimizer, "gradients": m.gradients,
+               "rounded, at once": m.rounding / m.segments, "peak": m.peak}
+        for name, m in cases.items()}  # fmt: skip
+print("gigabytes, on each device, without activations")
+print((pd.DataFrame(rows).T / 1e9).round(1).to_string())
+
+# %% mystnb={"image": {"alt": "Stacked bars of gigabytes for a model of a billion parameters. In float: weights 4, moments 8, gradients 4. Rounded: weights 4, moments 8, rounded copies 9. Checkpointed: nearly as in float. LoRA on a bfloat16 model: little more than its weights."}}
+small = {name: {part: amount / 1e9 for part, amount in memory.at_peak.items()}
+         for name, memory in cases.items() if name.startswith("1B")}  # fmt: skip
+stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
+
+# %% [markdown]
+# So the road for a small machine: gradient checkpointing first, which makes rounding nearly free in
+# memory and costs about one more forward pass; then LoRA, which takes the moments away. Training all
+# weights of seventy billion is for those with many devices.
+#
+# ## Sharding: FSDP2
+#
+# When one copy of the weights and moments does not fit, each process keeps a part, and they lend
+# each other a block at a time. PyTorch's `fully_shard` {cite:p}`zhao2023` does that; it wants to be
+# called on each block, then on the whole, *after* `prepare_qat`:
+#
+# ```python
+# from torch.distributed.fsdp import fully_shard
+#
+# qat = prepare_qat(model, W4)
+# for block in qat.model.layers:
+#     fully_shard(block)
+# fully_shard(qat)
+# fit(qat, task.train, steps=200)
+# ```
+#
+# `fit` sees the sharded parameters and leaves the averaging to them. Note the last column but one of the
+# table: rounded copies are *not* shared, since every process rounds the block that it was lent. So
+# sharding under rounding needs checkpointing even more.
+#
+# **What was run.** `DistributedDataParallel` and FSDP2, in two processes on one CPU with gloo:
+# `tests/test_processes.py` does it at every change, and holds both to the curve of one process. **What was
+# not run.** Several GPUs, NCCL, several machines, and anything of the 70B rows but their arithmetic.
+# A sharded model cannot be written by `checkpoint_dir`; take `torch.distributed.checkpoint`.
+#
+# ## Notes on GPUs
+#
+# - `fit` trains where the parameters are: `model.to("cuda")` before, or a launcher, which gives each
+#   process its device. Batches follow. So do `perplexity`, `convert` and `save_quantized`.
+# - `PeakMemory("cuda")` reads PyTorch's own count, which is exact.
+# - W8A8 on a GPU computes what training simulated, since the int8 kernel is the CPU's. Weight-only
+#   models dequantize there, too: for speed hand them on to torchao ([](ch16)).
+# - Seeds make a run repeatable on one device. Curves on a CPU and on a GPU differ after some steps.
+#
+# ## Exercises
+#
+# ```{exercise} How many cards?
+# :label: ch15-cards
+# Write `cards(parameters, gigabytes)`: the fewest devices of `gigabytes` (of $10^9$ bytes) that hold
+# weights, gradients and moments of float32 training, shared evenly, nothing else counted. Replace the
+# `...` and run the cell.
+# ```
+
+
+# %%
+def cards(parameters, gigabytes): ...  # your turn
+
+
+check("ch15-cards", cards)
+
+# %% [markdown]
+# ```{solution} ch15-cards
+# :class: dropdown
+# Sixteen bytes for each parameter, divided by the bytes of a device, rounded up.
+# ```
+
+
+# %% tags=["hide-cell"]
+def cards(parameters, gigabytes):
+    return int(-(-16 * parameters // (1e9 * gigabytes)))
+
+
+check("ch15-cards", cards)
+
+# %% [markdown]
+# ```{exercise} A share of the mean
+# :label: ch15-mean
+# Processes with `rows` (a list of counts) have found the mean losses `losses` of their parts. Write
+# `mean_loss(rows, losses)`: the mean over all rows. Replace the `...` and run the cell.
+# ```
+
+
+# %%
+def mean_loss(rows, losses): ...  # your turn
+
+
+check("ch15-mean", mean_loss)
+
+# %% [markdown]
+# ```{solution} ch15-mean
+# :class: dropdown
+# Each part weighs its share of the rows. The plain mean of the losses is right only where all
+# parts have the same size.
+# ```
+
+
+# %% tags=["hide-cell"]
+def mean_loss(rows, losses):
+    return sum(n * loss for n, loss in zip(rows, losses, strict=True)) / sum(rows)
+
+
+check("ch15-mean", mean_loss)
+
+# %% [markdown]
+# ## What we saw
+#
+# - The same `fit`, started twice, walked the curve of one process; one file, one bar.
+# - In bfloat16 a rounded weight is rounded again, by little beside what we train for.
+# - Rounding adds copies that wait for the backward pass: 21 bytes for each parameter at the peak instead
+#   of 16, by arithmetic, and a process that trained agreed within a tenth.
+# - Checkpointing takes the copies away, LoRA the moments, sharding divides the rest. Several GPUs we
+#   have not run.
+#
+# ## References
+#
+# - {cite:t}`chen2016`: gradient checkpointing.
+# - {cite:t}`hu2022`: LoRA.
+# - {cite:t}`zhao2023`: fully sharded data parallel.

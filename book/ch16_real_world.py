@@ -1,0 +1,405 @@
+# %% [markdown]
+# (ch16)=
+# # Real-world examples
+#
+# :::{epigraph}
+# Word of the light basket went before them. In the next town three people were waiting, each with a
+# model of their own: one small and quick, one that spoke many tongues, and one that came from a palace
+# and was said to weigh fifty-four gigabytes. "Does your road take all of these?" they asked. "It's the
+# same three steps," said Dorothy. "But let me first read you what other travellers wrote down, and
+# where they forgot to write how many they had asked."
+# :::
+#
+# The models of this course are small so that every number can be computed again. This chapter runs the
+# same calls on the architectures people use, reads what larger teams have published with the
+# questions of [](ch07) and [](ch13) in hand, and shows the ways out: to torchao, to an evaluation
+# harness, and from the old API to the new one.
+#
+# **What you will learn**
+#
+# - to take a model of your own, or of the Hub, down the whole road;
+# - what Gemma, Llama, Qwen and others got from QAT, and which question each report leaves open;
+# - to hand the trained integers to torchao, and to evaluate with lm-eval;
+# - to move from `torch.ao.quantization` to what replaces it, snippet by snippet.
+#
+# *Running time: about two minutes on two cores.*
+
+# %%
+import copy
+import logging
+import math
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+warnings.filterwarnings("ignore")
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+from companion import (
+    W2,
+    W4,
+    convert,
+    export_onnx,
+    fit,
+    load_pretrained,
+    load_task,
+    model_bytes,
+    perplexity,
+    prepare_qat,
+)
+from companion.check import check
+from companion.plots import bars
+from companion.serving import OnnxModel
+from companion.sources import load_tokenizer
+from companion.to_torchao import to_torchao
+
+# %% [markdown]
+# ## The same three calls
+#
+# One variable names the model: a folder, or an id of the Hugging Face Hub. Without a network it is
+# docs-lm; with one, set it and run the same cells.
+#
+# ```
+# COMPANION_MODEL=HuggingFaceTB/SmolLM2-135M  COMPANION_TEXT=notes.txt  make lab
+# ```
+
+# %%
+name = os.environ.get("COMPANION_MODEL", "docs-lm")
+text = os.environ.get("COMPANION_TEXT", "language-reference")
+task = load_task(text, batch_size=4, block_size=128, tokenizer=load_tokenizer(name))
+model = load_pretrained(name, head="lm")
+fit(model, task.train, steps=30, lr=5e-4, progress=False)  # first in floating point
+
+# %% [markdown]
+# Then prepare, train, convert. Nothing in it knows how large the model is:
+
+# %%
+nearest = convert(prepare_qat(model, W2, "absmax"))  # rounded, untrained: the row to beat
+qat = prepare_qat(model, W2)  # 1. on a copy, rounded as it computes
+fit(qat, task.train, steps=15, lr=5e-4, seed=1, teacher=model, progress=False)  # 2.
+small = convert(qat)  # 3. packed integers
+print("layers rounded:", len(small.quantization.layers))
+print(f"of float32:     {model_bytes(small) / model_bytes(model):.2f}")
+
+# %% tags=["nbval-ignore-output"]
+ways = {"float": model, "rounded": nearest, "trained": small}
+found = {way: perplexity(m, task.test) for way, m in ways.items()}
+for way, estimate in found.items():
+    print(f"{way:8} perplexity {estimate}")
+
+# %%
+print("trained under rounding, below rounded:", found["trained"].value < found["rounded"].value)
+
+# %% [markdown]
+# (Fifteen steps at two bits, so that the page is quick. [](ch11) has the comparison with intervals and
+# controls; a larger model wants a lower rate, see [](ch13).)
+#
+# ### The architectures people use
+#
+# Offline we cannot fetch SmolLM2, Qwen3 or Gemma 3. But their code is installed, and code is what
+# the calls depend on. So here is each architecture, tiny, with random weights, taken down the whole road:
+# prepared, trained for two steps, converted, handed to torchao, served by ONNX Runtime.
+
+# %%
+import transformers
+
+size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+torch.manual_seed(0)
+families = {
+    "SmolLM2 (Llama)": transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**size, tie_word_embeddings=True)),
+    "Qwen3": transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**size, head_dim=16, tie_word_embeddings=True)),
+    "Gemma 3": transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**size, head_dim=16, sliding_window=8)),
+}  # fmt: skip
+ids = torch.randint(10, 500, (2, 20))
+folder = Path(tempfile.mkdtemp())
+
+
+# %%
+@torch.no_grad()
+def whole_road(family):
+    with torch.enable_grad():
+        prepared = prepare_qat(family, W4, embeddings=True)
+        fit(prepared, [{"input_ids": ids, "labels": ids}], steps=2, progress=False)
+    converted = convert(prepared.eval())
+    served = OnnxModel(export_onnx(converted, folder / "model.onnx"))
+    logits = converted(ids).logits
+    return {
+        "layers": len(converted.quantization.layers),
+        "converted": torch.equal(prepared(ids).logits, logits),
+        "torchao": torch.equal(to_torchao(converted)(ids).logits, logits),
+        "served": torch.allclose(served(ids).logits, logits, atol=1e-4),
+    }, converted
+
+
+roads = {name: whole_road(family) for name, family in families.items()}
+print(pd.DataFrame({name: row for name, (row, _) in roads.items()}).T.to_string())
+
+# %% [markdown]
+# Equal bit for bit where that is promised, in all three. Gemma has two layers fewer. Why? A model that is
+# not swapped whole says so:
+
+# %%
+for layer, reason in roads["Gemma 3"][1].quantization.skipped.items():
+    print(f"{layer}: {reason}")
+
+# %% [markdown]
+# ## What others found
+#
+# Four things make a report of QAT worth something: the float model, the model rounded *without* training,
+# the trained one, and a float control that was trained as long. Most give three. Those whose figures
+# we have seen at the source stand in `book/case_studies.json`, each with the place where it is printed. The
+# share recovered is computed here, from the three cells:
+
+# %%
+cases = pd.read_json("case_studies.json")
+cases["recovered"] = (cases["ptq"] - cases["qat"]) / (cases["ptq"] - cases["float"])
+columns = ["case", "metric", "float", "ptq", "qat", "recovered"]
+print(cases[columns].round(3).to_string(index=False))
+
+# %% mystnb={"image": {"alt": "Bars of the share recovered for eleven published results, from nothing for HellaSwag with Llama 3.2 3B, over about forty percent for Gemma 3 4B, to over one hundred percent for GSM8K with Llama 3.2 1B."}}
+bars((100 * cases.set_index(cases["case"] + ", " + cases["metric"])["recovered"]).round(0).to_dict(),
+     xlabel="share of the damage recovered (%)", form="{:.0f}")  # fmt: skip
+
+# %% [markdown]
+# From nothing to more than everything. What a practitioner takes from each:
+#
+# **Gemma 3** {cite:p}`gemma2025`. Google publishes four-bit checkpoints, trained for a few thousand steps
+# with the float model's own probabilities as targets (section 2.3): short, late, a teacher, a format that
+# common runtimes serve. That is our default recipe, in large. The report prints bytes, not quality: with
+# it, 27 billion parameters fall from 54 gigabytes to 14 (Table 3). The three rows above are others'
+# training of the 4B model {cite:p}`torchao2026qat`; one model, three metrics, three shares. The largest is
+# the one that [](ch13) took apart: two questions of three.
+#
+# **Llama 3.2** {cite:p}`llama2024card`. Meta gives what few give: plain rounding, a rotation that needs no
+# training of weights (SpinQuant {cite:p}`liu2025spinquant`), and QAT with LoRA, on every benchmark, with
+# the bill. QAT wins on MMLU. On IFEval SpinQuant is ahead of it (58.4), for 1.7 GPU hours instead of 1,300. On
+# HellaSwag at 3B the trained model is where rounding was. And GSM8K ends above the float model,
+# which had two rounds of fine-tuning less: that's not recovery, it's training, and the control is missing
+# ([](ch10)).
+#
+# **torchao and torchtune** {cite:p}`or2024`. Llama 3 8B, five thousand steps, the first thousand in
+# float: two thirds of the perplexity and nearly all of HellaSwag came back. Look one row further: the same library,
+# model and number of steps, with inputs in float and a lower rate, brought back an eighth
+# {cite:p}`torchao2024readme`. The recipe decides, not the name. Its cost there was a third of the speed,
+# and 2.4 gigabytes on 67.5, with checkpointing. [](ch15) says why so little.
+#
+# **Qwen3** {cite:p}`torchtune2025`. The share depends on the scale you compute it on:
+
+# %%
+qwen = cases[cases["case"] == "Qwen3 1.7B"].iloc[0]
+nats = {arm: math.log(qwen[arm]) for arm in ("float", "ptq", "qat")}
+share = (nats["ptq"] - nats["qat"]) / (nats["ptq"] - nats["float"])
+print(f"of perplexity {qwen['recovered']:.0%}, of nats {share:.0%}")
+
+# %% [markdown]
+# Perplexity stretches what is bad, so the same three numbers recover more of it. Say which. (This course
+# counts nats.)
+#
+# **EfficientQAT** {cite:p}`chen2025efficientqat` trains block after block and brings Llama 2 70B to two bits
+# on one GPU in 41 hours, three points below float: that is checkpointing taken to its end. **ParetoQ**
+# {cite:p}`liu2025paretoq` trains everything, long: its 125M model at four bits ends *below* the float
+# perplexity (14.1 against 15.1), so once more it was trained further, not repaired; at two bits it stays
+# three above.
+#
+# And a warning. After reinforcement learning, QAT with the usual loss is reported unstable, and imitating the
+# float model is not {cite:p}`xin2026qad`. A teacher is the safer choice whenever you do not have the data
+# that made the model.
+#
+# ## Hand the integers on: torchao
+#
+# `to_torchao` makes PyTorch's own layers with torchao's tensors, our integers and scales in them. From
+# there the model needs no companion: `torch.export`, ExecuTorch, vLLM read such tensors.
+
+# %%
+theirs = to_torchao(small)
+ids = next(iter(task.test))["input_ids"]
+with torch.no_grad():
+    print("logits equal:", torch.equal(theirs(ids).logits, small(ids).logits))
+print(type(theirs.get_submodule(small.quantization.layers[0]).weight).__name__)
+
+# %% [markdown]
+# Its home is other hardware: on a CPU these tensors were slower than float32 in [](ch14).
+#
+# ## Evaluate with lm-eval
+#
+# Published figures mostly come from EleutherAI's lm-evaluation-harness, which takes a model object. It is no
+# dependency of this book, and its tasks need a network. We ran these lines by hand with
+# version 0.4.13, on a task of our own from a local file:
+#
+# ```python
+# import lm_eval
+# from lm_eval.models.huggingface import HFLM
+# from companion import load_quantized
+# from companion.sources import load_tokenizer
+#
+# model = load_quantized("my-model-w4")
+# lm = HFLM(pretrained=model, tokenizer=load_tokenizer("owner/model"), batch_size=8)
+# results = lm_eval.simple_evaluate(model=lm, tasks=["hellaswag"])
+# ```
+#
+# It prints a standard error for each model. For two models on the same questions compare in pairs
+# ([](ch07)): with `log_samples=True`, its default, the answers to each question stand in the results.
+#
+# ## From torch.ao to torchao
+#
+# `torch.ao.quantization` is deprecated. What takes its place, for each way of using it; below the table
+# every line of the right column runs.
+#
+# | you had | now | note |
+# |---|---|---|
+# | `quantize_dynamic(m, {nn.Linear})` | `quantize_(m, Int8DynamicActivationInt8WeightConfig())` | changes `m`; on a CPU the old kernel is faster |
+# | `prepare_qat(m)` for Linear layers | `quantize_(m, QATConfig(base, step="prepare"))` | say which `base`; nothing is said if nothing matched |
+# | `convert(m)` | `quantize_(m, QATConfig(base, step="convert"))` | with the *same* base: a different one is not noticed |
+# | `prepare_qat(m)` for convolutions | `prepare_qat_pt2e(exported, quantizer)` | on an exported graph; no layers to swap |
+# | `m.train()`, `m.eval()` then | `allow_exported_model_train_eval(m)` first | an exported graph refuses both without it |
+# | `convert(m)` for convolutions | `convert_pt2e(m)` | in eval mode |
+# | `torch.fake_quantize_per_channel_affine` | the same, or `companion.fake_quantize` | an operator, not deprecated |
+
+# %%
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    quantize_,
+)
+from torchao.quantization.qat import QATConfig
+
+net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+x, labels = torch.randn(32, 64), torch.randint(0, 8, (32,))
+before = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+after = copy.deepcopy(net)
+quantize_(after, Int8DynamicActivationInt8WeightConfig())
+with torch.no_grad():
+    errors = [(m(x) - net(x)).abs().max().item() for m in (before, after)]
+print("both within 0.03 of float:", max(errors) < 0.03)
+
+# %% [markdown]
+# Training under rounding, Linear layers. The right column, and ours beside it:
+
+# %%
+base = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+trained = copy.deepcopy(net)
+quantize_(trained, QATConfig(base, step="prepare"))
+fit(trained, [(x, labels)], steps=5, progress=False)
+rounded = trained.eval()(x).detach()
+quantize_(trained, QATConfig(base, step="convert"))
+print("torchao:  converted = prepared:", torch.equal(trained(x), rounded))
+
+ours = prepare_qat(net, W4)
+fit(ours, [(x, labels)], steps=5, progress=False)
+rounded = ours.eval()(x).detach()
+print("companion, then torchao's form:", torch.equal(to_torchao(convert(ours))(x), rounded))
+
+# %% [markdown]
+# And convolutions, on an exported graph. `fit` trains that, too:
+
+# %%
+from torchao.quantization.pt2e import allow_exported_model_train_eval
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
+
+conv = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+                     nn.Linear(288, 5))  # fmt: skip
+images, labels = torch.randn(16, 1, 8, 8), torch.randint(0, 5, (16,))
+config = get_default_x86_inductor_quantization_config(is_qat=True)
+graph = prepare_qat_pt2e(torch.export.export(conv, (images,)).module(),
+                         X86InductorQuantizer().set_global(config))  # fmt: skip
+allow_exported_model_train_eval(graph)
+history = fit(graph, [(images, labels)], steps=20, lr=1e-2, progress=False)
+graph.eval()  # returns nothing here
+rounded = graph(images).detach()
+int8 = convert_pt2e(graph)
+print("it learned:             ", history.loss[-1] < 0.5 * history.loss[0])
+print("converted near prepared:", bool((int8(images) - rounded).abs().max() < 0.1))
+
+# %% [markdown]
+# [](torchao-mapping) translates name by name.
+#
+# ## Exercises
+#
+# ```{exercise} Recovered, of what?
+# :label: ch16-share
+# Write `share_in_nats(control, ptq, qat)`: the share recovered, computed in nats, from three
+# perplexities. Replace the `...` and run the cell.
+# ```
+
+
+# %%
+def share_in_nats(control, ptq, qat): ...  # your turn
+
+
+check("ch16-share", share_in_nats)
+
+# %% [markdown]
+# ```{solution} ch16-share
+# :class: dropdown
+# A perplexity is $e$ to the loss: take logarithms first, then the share as always.
+# ```
+
+
+# %% tags=["hide-cell"]
+def share_in_nats(control, ptq, qat):
+    return (math.log(ptq) - math.log(qat)) / (math.log(ptq) - math.log(control))
+
+
+check("ch16-share", share_in_nats)
+
+# %% [markdown]
+# ```{exercise} Weights or cache?
+# :label: ch16-cache
+# With weights of `bits` bits (scales aside), from how many tokens on does the cache of keys and values
+# take more bytes than the weights? Write `longer_than(parameters, bits, layers, heads, width)`, for
+# `heads` key-value heads of `width` numbers in each of `layers` layers, each number in two bytes: the
+# smallest such number of tokens. Replace the `...` and run the cell.
+# ```
+
+
+# %%
+def longer_than(parameters, bits, layers, heads, width): ...  # your turn
+
+
+check("ch16-cache", longer_than)
+
+# %% [markdown]
+# ```{solution} ch16-cache
+# :class: dropdown
+# A token keeps a key and a value in each layer and head: $2 \cdot 2 \cdot$ layers $\cdot$ heads $\cdot$
+# width bytes. Divide the bytes of the weights by it; the next whole number is the answer.
+# ```
+
+
+# %% tags=["hide-cell"]
+def longer_than(parameters, bits, layers, heads, width):
+    return int(parameters * bits / 8 // (4 * layers * heads * width)) + 1
+
+
+check("ch16-cache", longer_than)
+
+# %% [markdown]
+# ## What we saw
+#
+# - Three calls took docs-lm down the road, and tiny models of three families, equal at each station.
+#   What could not be rounded said why.
+# - Published shares run from nothing to more than everything. Ask each for the rounded row, the control,
+#   the number of questions, and the scale. Compare with the best rounding, not the plainest.
+# - The trained integers go on to torchao unchanged, and a saved model into lm-eval.
+# - The old API has a successor line by line, for convolutions on exported graphs.
+#
+# ## References
+#
+# - {cite:t}`gemma2025`, {cite:t}`llama2024card`, {cite:t}`or2024`, {cite:t}`torchao2024readme`,
+#   {cite:t}`torchao2026qat`, {cite:t}`torchtune2025`: the cases, at their sources.
+# - {cite:t}`chen2025efficientqat`, {cite:t}`liu2025paretoq`, {cite:t}`xin2026qad`,
+#   {cite:t}`liu2025spinquant`: methods behind them.
