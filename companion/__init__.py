@@ -14,6 +14,7 @@ from companion.qat import convert, prepare_qat
 from companion.scheme import W2, W3, W4, W4A8, W8, W8A8, Activations, QuantScheme
 from companion.study import compare
 from companion.tasks import load_task
+from companion.to_torchao import to_torchao
 from companion.train import fit
 from companion.wrapper import QuantWrapper
 
@@ -49,5 +50,6 @@ __all__ = [
     "quantize",
     "recovery",
     "save_quantized",
+    "to_torchao",
     "unpack",
 ]

@@ -1,5 +1,6 @@
 """What the README shows is what runs."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from companion import load_pretrained, load_quantized
+from companion.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 def test_snippets_run_and_print_what_they_say(capsys, tmp_path, monkeypatch):
-    images, language = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert max(len(code.strip().splitlines()) for code in (images, language)) <= 12
+    images, language, served = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert max(len(code.strip().splitlines()) for code in (images, language, served)) <= 12
     monkeypatch.chdir(tmp_path)
     exec(compile(images, "README.md", "exec"), {})
     accuracy, share = re.search(
@@ -29,6 +31,23 @@ def test_snippets_run_and_print_what_they_say(capsys, tmp_path, monkeypatch):
     assert value < names["perplexity"](load_pretrained("docs-lm"), names["task"].test).value
     again = load_quantized(tmp_path / "my-model-w2")
     assert names["perplexity"](again, names["task"].test).value == pytest.approx(value, abs=1e-3)
+    exec(compile(served, "README.md", "exec"), names)
+    assert re.fullmatch(r"\[(\d+, )*\d+\]\n", capsys.readouterr().out)
+    assert (tmp_path / "served" / "model.onnx").exists()
+
+
+def test_commands_and_figures_are_those_there_are():
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert set(re.findall(r"^\$? ?companion (\w+)", README, flags=re.M)) <= known
+    assert re.search(r"`companion finetune`", README)
+    results = json.loads((ROOT / "benchmarks" / "results" / "deployed_speed.json").read_text())
+    rows = {(r["engine"], r["precision"], r["phase"], r["tokens"]): r for r in results["records"]}
+    token = rows["ONNX Runtime", "int4 level 4", "decode", 1]
+    prompt = rows["ONNX Runtime", "int8 W8A8", "prefill", 64]
+    share = token["bytes"] / rows["torch", "float32", "decode", 1]["bytes"]
+    assert 3.7 < token["ratio_to_torch_float32"] < 4.3  # "a quarter"
+    assert prompt["ratio_to_torch_float32"] > 4  # "less than a quarter"
+    assert f"{share:.3f}" in README
 
 
 def test_named_files_exist_and_chapters_are_listed():

@@ -19,10 +19,10 @@ from companion import (
     load_quantized,
     prepare_qat,
     save_quantized,
+    to_torchao,
 )
 from companion.errors import UnsupportedModel, WrongStage
 from companion.scheme import BLOCK8
-from companion.to_torchao import to_torchao
 
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 EXACT = [W2, W3, W4, W8, W4A8, QuantScheme(2, None), QuantScheme(5, 64, torch.float32)]
