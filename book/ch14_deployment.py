@@ -239,9 +239,9 @@ print(rounded)
 
 # %%
 d = rounded.difference
-print("integers and scales equal:  ", rounded.integers and rounded.scales)
-print("logits within 0.0001:       ", rounded.logits < 1e-4)
-print("loss within 0.002, in pairs:", -0.002 < d.low <= d.high < 0.002)
+print("integers and scales equal:   ", rounded.integers and rounded.scales)
+print("logits differ by over 0.0001:", rounded.logits > 1e-4)
+print("loss within 0.002, in pairs: ", -0.002 < d.low <= d.high < 0.002)
 
 # %% [markdown]
 # ### Should training see it?
@@ -349,8 +349,8 @@ bars_with_limits(decode["ms"].to_dict(), decode["limit_ms"].to_dict(),
                  limit="reading the weights once")  # fmt: skip
 
 # %% [markdown]
-# The marks are a limit that no kernel passes. For each token every weight is read once from
-# memory, so a token cannot take less than bytes over bandwidth,
+# The marks are the limit that memory sets. For each token every weight is read once, so a token
+# takes at least about bytes over bandwidth,
 #
 # $$ t \ge \frac{n \, (b / 8 + 4 / g)}{B} , $$
 #

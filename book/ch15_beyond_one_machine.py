@@ -293,6 +293,9 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 #
 # ## Notes on GPUs
 #
+# Written from the code, which asks for the device of the parameters everywhere; no GPU was at hand when
+# this chapter was checked.
+#
 # - `fit` trains where the parameters are: `model.to("cuda")` before, or a launcher, which gives each
 #   process its device. Batches follow. So do `perplexity`, `convert` and `save_quantized`.
 # - `PeakMemory("cuda")` reads PyTorch's own count, which is exact.

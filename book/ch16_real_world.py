@@ -37,9 +37,6 @@ import pandas as pd
 import torch
 from torch import nn
 
-warnings.filterwarnings("ignore")
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-
 from companion import (
     W2,
     W4,
@@ -57,6 +54,9 @@ from companion.check import check
 from companion.plots import bars
 from companion.serving import OnnxModel
 from companion.sources import load_tokenizer
+
+warnings.filterwarnings("ignore")
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 # %% [markdown]
 # ## The same three calls
@@ -162,11 +162,12 @@ for layer, reason in roads["Gemma 3"][1].quantization.skipped.items():
 # %%
 cases = pd.read_json("case_studies.json")
 cases["recovered"] = (cases["ptq"] - cases["qat"]) / (cases["ptq"] - cases["float"])
+cases["recovered"] = cases["recovered"].round(3) + 0  # no -0
 columns = ["case", "metric", "float", "ptq", "spinquant", "qat", "recovered"]
 print(cases[columns].round(3).to_string(index=False, na_rep=""))
 
 # %% mystnb={"image": {"alt": "Bars of the share recovered for eleven published results, from nothing for HellaSwag with Llama 3.2 3B, over about forty percent for Gemma 3 4B, to over one hundred percent for GSM8K with Llama 3.2 1B."}}
-bars((100 * cases.set_index(cases["case"] + ", " + cases["metric"])["recovered"]).round(0).to_dict(),
+bars((100 * cases.set_index(cases["case"] + ", " + cases["metric"])["recovered"]).to_dict(),
      xlabel="share of the damage recovered (%)", form="{:.0f}")  # fmt: skip
 
 # %% [markdown]

@@ -50,6 +50,16 @@ class Parity:
     metric: str
     difference: Estimate
 
+    def __str__(self) -> str:
+        equal = {True: "equal", False: "NOT equal"}
+        d = self.difference
+        return (
+            f"{self.layers} matrices: integers {equal[self.integers]}, scales "
+            f"{equal[self.scales]}\n"
+            f"logits: at most {self.logits:.1e} apart, the same answer for {self.argmax:.1%}\n"
+            f"{self.metric}: {d.value:+.1e} [{d.low:+.1e}, {d.high:+.1e}] (n = {d.n})"
+        )
+
 
 def parity(model: nn.Module, path: str | Path, task: Task, *, batches: int = 4) -> Parity:
     """Compare a file of `export_onnx` with the model that it was made from.

@@ -47,7 +47,7 @@ def load_tokenizer(name: str = "docs-lm"):
 def find(name: str) -> tuple[str, str]:
     """Return a folder (or Hub id) and say where it is from; known weights are verified."""
     if name not in SHA256:
-        return name, "a folder" if Path(name).is_dir() else "the Hub"
+        return (name, "a folder") if Path(name).is_dir() else _on_the_hub(name)
     tried = []
     for source, folder in _sources(name):
         try:
@@ -62,6 +62,27 @@ def find(name: str) -> tuple[str, str]:
             )
         return str(path), source
     raise SourceUnavailable(f"{name} could not be had; tried {' and '.join(tried)}")
+
+
+def _on_the_hub(name: str) -> tuple[str, str]:
+    """The id, or without a network what was downloaded before.
+
+    Asked first, since the Hub's own client asks for half a minute before it gives up.
+    """
+    from huggingface_hub import constants, get_session, snapshot_download
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+        return name, "the Hub"
+    except Exception as error:  # of whichever library it asks with
+        reason = str(error) or type(error).__name__
+    try:
+        return snapshot_download(name, local_files_only=True), "an earlier download from the Hub"
+    except (OSError, ValueError):
+        raise SourceUnavailable(
+            f"{name!r} is no model of this course, no folder with a model, and could not be had "
+            f"from the Hub, which cannot be reached ({reason.splitlines()[0]})"
+        ) from None
 
 
 def _sources(name: str) -> Iterator[tuple[str, Callable[[], str | Path]]]:

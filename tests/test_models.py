@@ -1,4 +1,6 @@
 import logging
+import shutil
+import time
 from functools import partial
 
 import pytest
@@ -10,7 +12,7 @@ from companion.evaluate import paired, predict
 from companion.files import cache_folder
 from companion.models import new_resnet18
 from companion.pretrain import new_docs_lm
-from companion.sources import MINILM, load_tokenizer
+from companion.sources import MINILM, find, load_tokenizer
 
 
 def test_stand_in_knows_its_digits():
@@ -89,6 +91,23 @@ def test_unknown_options_are_refused(bad):
 def test_a_model_that_is_nowhere_says_where_it_was_looked_for():
     with pytest.raises(SourceUnavailable, match="no folder with a model"):
         load_pretrained("nobody/no-such-model")
+
+
+def test_what_was_downloaded_before_is_found_without_a_network(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    folder = tmp_path / "models--nobody--a-model" / "snapshots" / ("0" * 40)
+    shutil.copytree(find("docs-lm")[0], folder)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # answers nobody
+    assert find("nobody/a-model") == (str(folder), "an earlier download from the Hub")
+    assert load_pretrained("nobody/a-model").num_parameters() == 3_410_176
+    start = time.perf_counter()
+    with pytest.raises(SourceUnavailable, match="no folder with a model.*cannot be reached"):
+        load_pretrained("nobody/another")
+    assert time.perf_counter() - start < 10  # its own client asks for 23 seconds
 
 
 def test_minilm_holds_the_published_weights_and_gives_embeddings():

@@ -29,6 +29,8 @@ def test_the_served_file_is_the_trained_model(served_docs_lm, task):
     assert report.metric == "loss"
     assert abs(report.difference.value) < 1e-5
     assert report.difference.low <= report.difference.value <= report.difference.high
+    assert str(report).startswith(f"{report.layers} matrices: integers equal, scales equal\n")
+    assert "NOT equal" in str(replace(report, scales=False))
 
 
 @pytest.mark.parametrize("what", ["integers", "scale"])

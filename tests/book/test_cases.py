@@ -34,6 +34,6 @@ def test_figures_are_what_they_are_called():
     """A float model is the best row or close to it; a share outside this range is a typing error."""
     for case in CASES:
         damage = case["ptq"] - case["float"]
-        assert damage > 0 if "perplexity" in case["metric"] else damage < 0
+        assert damage > 0 if "ppl" in case["metric"] else damage < 0
         share = (case["ptq"] - case["qat"]) / damage
         assert -0.2 < share < 1.3, case
