@@ -105,7 +105,7 @@ def test_what_was_downloaded_before_is_found_without_a_network(monkeypatch, tmp_
     assert find("nobody/a-model") == (str(folder), "an earlier download from the Hub")
     assert load_pretrained("nobody/a-model").num_parameters() == 3_410_176
     start = time.perf_counter()
-    with pytest.raises(SourceUnavailable, match="no folder with a model.*cannot be reached"):
+    with pytest.raises(SourceUnavailable, match=r"no folder with a model.*cannot be reached"):
         load_pretrained("nobody/another")
     assert time.perf_counter() - start < 10  # its own client asks for 23 seconds
 
