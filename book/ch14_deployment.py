@@ -23,7 +23,7 @@
 # - why eight bits are seven in one place;
 # - how fast it is, and how far from the limit that memory sets.
 #
-# *Running time: about two minutes on two cores.*
+# *Running time: about a minute on two cores.*
 
 # %%
 import json
@@ -114,7 +114,7 @@ print("bytes in the file are these: ", np.array_equal(in_file.reshape(stored.sha
 print("scales in the file are these:",
       np.array_equal(tensors[f"model.{name}.blocks.scales"], scales.float()))  # fmt: skip
 
-# %% mystnb={"image": {"alt": "Five rows of boxes for eight weights. The trained weight, a decimal number; the integer, from -8 to 7; the same plus 8 as four binary digits; a byte in the file for every two of them, in hexadecimal; and the served weight, the integer times the scale, close to the trained one."}} tags=["nbval-ignore-output"]
+# %% mystnb={"image": {"alt": "Five rows of boxes for eight weights. The trained weight, a decimal number; the integer, from -8 to 7; the same plus 8 as four binary digits; a byte in the file for every two of them, in hexadecimal; and the integer times the scale, close to the trained one."}} tags=["nbval-ignore-output"]
 served = dequantize(integers[0, :32], scales[0, :1].float())
 byte_by_byte(
     {
@@ -122,13 +122,15 @@ byte_by_byte(
         "integer": [str(q) for q in integers[0, :8].tolist()],
         "plus 8": [f"{q:04b}" for q in unsigned[0, :8].tolist()],
         "in the file": [f"0x{byte:02x}" for byte in in_file[0, 0, :4].tolist()],
-        "served": [f"{w:.3f}" for w in served[:8].tolist()],
+        f"times {scales[0, 0]:.3f}": [f"{w.round(decimals=3) + 0.0:.3f}" for w in served[:8]],
     }
 )
 
 # %% [markdown]
-# The lower half of a byte is its second hexadecimal digit, so each byte reads from right to left. Multiply
-# by the scale, and the last row is what the layer multiplies with, there as here:
+# The lower half of a byte is its second hexadecimal digit, so each byte reads from right to left. The last
+# row is the integer times the scale of this group. (A scale may be negative: the search of [](ch11) turns a
+# grid around where its one extra integer, -8, is of more use on the other side. A positive weight then has a
+# negative integer, and the product has its sign back.) That is what the layer multiplies with, there as here:
 
 # %%
 whole = dequantize(integers.unflatten(-1, (-1, 32)), scales.float()[..., None]).flatten(1)
@@ -140,8 +142,8 @@ print(
 # ## What is in the file
 #
 # Operators, and tensors. Each quantized layer is one `MatMulNBits`, an operator that ONNX Runtime adds
-# to the standard; the embedding is one `GatherBlockQuantized`. `onnx.checker` has passed the file,
-# otherwise `export_onnx` would not have written it.
+# to the standard; the embedding is one `GatherBlockQuantized`. `onnx.checker` has passed what of it is
+# standard, otherwise `export_onnx` would not have written it.
 
 # %%
 operators = Counter(node.op_type for node in file.graph.node if node.domain == "com.microsoft")
@@ -201,8 +203,8 @@ print("loss within 0.0001, in pairs:", max(abs(exact.difference.low), exact.diff
 #
 # $$ s_x = \frac{\max |x|}{127}, \qquad \hat x = s_x \cdot \operatorname{round}(x / s_x) , $$
 #
-# multiplies integers with integers, and scales once for each block. It is what makes few bits fast, and
-# it's a rounding that training has not seen. By hand, on one layer:
+# multiplies integers with integers, and scales once for each block. How much that gains stands further
+# down; it is a rounding that training has not seen. By hand, on one layer:
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -264,15 +266,15 @@ print("loss at level 4, training without it minus training with it:", gain)
 print("less than 0.005 nats, either way:", max(abs(gain.low), abs(gain.high)) < 0.005)
 
 # %% [markdown]
-# No. Eight bits in blocks of 32 round so finely that there is nothing to learn, and the scheme is not
-# worth its longer name at four bits. The advice holds where the served rounding is coarse: one range
-# for all inputs, as in W8A8, or fewer bits.
+# It moved next to nothing, and there was next to nothing to win: what level 4 had cost stands above. (One
+# seed, fifteen steps: a difference below the margin we could not have seen.) The advice matters where the
+# served rounding is coarse. At four bits with inputs in blocks of 32 it is not.
 #
 # ## Why eight bits are seven
 #
 # W8A8 multiplies integers, too: `MatMulInteger`, one scale for each row of weights and one range for
 # all inputs. On processors with AVX2 but without the newer VNNI instructions, the kernel multiplies
-# unsigned inputs by signed weights, two pairs at once, and adds the two products in 16 bits. What
+# unsigned inputs by signed weights and adds neighbouring products, two by two, in 16 bits. What
 # goes beyond 32,767 stays there: it {term}`saturates <saturation>`, and no error is raised. By hand,
 # the largest pairs:
 
@@ -291,7 +293,7 @@ for bits in (8, 7):
 
 # %%
 extreme = nn.Sequential(nn.Linear(256, 8, bias=False))
-extreme[0].weight.data = torch.where(torch.arange(256) % 3 == 0, -1.0, 1.0).repeat(8, 1)
+extreme[0].weight.data = torch.tensor([1.0, -1.0] * 4)[:, None].repeat(1, 256)
 eight = convert(prepare_qat(extreme, W8A8, "absmax"))
 ones = torch.ones(2, 256)
 answer = OnnxModel(export_onnx(eight, folder / "w8a8.onnx", example=ones))(ones)
@@ -349,53 +351,57 @@ bars_with_limits(decode["ms"].to_dict(), decode["limit_ms"].to_dict(),
                  limit="reading the weights once")  # fmt: skip
 
 # %% [markdown]
-# The marks are the limit that memory sets. For each token every weight is read once, so a token
-# takes at least about bytes over bandwidth,
+# The marks say what memory asks for. For each token every weight is read once, which at the speed of a
+# copy takes about bytes over bandwidth,
 #
-# $$ t \ge \frac{n \, (b / 8 + 4 / g)}{B} , $$
+# $$ t \approx \frac{n \, (b / 8 + 4 / g)}{B} , $$
 #
-# with $n$ weights of $b$ bits, a float32 scale for every $g$ of them, and the bandwidth $B$ of a
-# plain copy, measured in the same run.
+# with $n$ weights of $b$ bits, a float32 scale for every $g$ of them (no second term where there are no
+# groups), and the bandwidth $B$ of a copy, measured in the same run.
 #
 # ONNX Runtime in float32 comes close to its mark: it waits for memory, and that is why fewer bytes
-# help. Four bits at level 4 are the fastest row, over four times as fast as PyTorch in float32. But
-# look at the distance to the mark, which has grown: with so few bytes, arithmetic counts again, and so
-# do hundreds of operators for a single token. Hence two bits, with two thirds of the bytes, bring
-# nothing more. And mind the rows that are *slower* than float32: eight and two bits at level 0, for
-# which ONNX Runtime has no kernel of its own, and torchao's formats, whose home is another kind of
-# processor. A format is as fast as the kernel that somebody wrote for it; levels 1 to 3 are level 0
-# under other names.
+# help. Four bits at level 4 are the fastest row, over four times as fast as PyTorch in float32, of which
+# ONNX Runtime by itself brings the part that its own float32 row shows. But look at the distance to the
+# mark, which has grown: with so few bytes, arithmetic counts again, and so does the sheer number of
+# operators. Hence two bits, with three fifths of the bytes, bring nothing more. And mind the rows that
+# are *slower* than float32: eight and two bits at level 0, for which there is no fast kernel here, and
+# torchao's formats (eager, without `torch.compile`), whose home is another kind of processor. A format
+# is as fast as the kernel that somebody wrote for it. On this processor levels 1 to 3 compute what level
+# 0 does.
 #
 # A prompt is another matter. Its tokens share each reading of the weights, so arithmetic is what counts.
 
 # %%
-prefill = frame[frame["phase"] == "prefill"].pivot(
-    index="model", columns="tokens", values="ratio_to_torch_float32"
-)
-prefill = prefill.loc[decode.index].add_prefix("prompt of ")
-print("times as fast as torch, float32")
-print(prefill.round(2).to_string(index_names=False))
+ratios = {"x torch": "ratio_to_torch_float32", "x ORT": "ratio_to_ort_float32"}
+prefill = pd.concat(
+    {label: frame[frame["phase"] == "prefill"].pivot(index="model", columns="tokens", values=ratio)
+     for label, ratio in ratios.items()}, axis=1)  # fmt: skip
+print("prompts of 64 and 512 tokens: times as fast as that float32")
+print(prefill.loc[decode.index].round(2).to_string(index_names=False))
 
 # %% [markdown]
-# Here W8A8 leads, which multiplies bytes by bytes, and its lead shrinks as the prompt grows: attention
-# and norms, which stay in floating point, take a larger share. Weight-only formats do not help with a
-# long prompt, and at level 4 they are slower than float32. Their bytes have to be unpacked, and that is
-# paid for by reading less, which a prompt does not need. Choose by what you serve: long
-# prompts and short answers want W8A8, short prompts and long answers four bits.
+# Here W8A8 leads, which multiplies bytes by bytes. Its lead over PyTorch halves with the longer prompt,
+# mostly because PyTorch's float32 catches up; over ONNX Runtime's it falls little. No weight-only format
+# helps with a long prompt. Their bytes have to be unpacked, which reading less pays for, and a prompt reads
+# once for all its tokens. Choose by what you serve: long prompts and short answers want W8A8, short
+# prompts and long answers four bits.
 #
-# The machine stands in the file, like every version; this run's had AVX512. On another the
-# ratios are others: run the benchmark on yours.
+# On another machine the ratios are others: run the benchmark on yours. This one was:
 
 # %%
+print({name: content["provenance"]["machine"][name] for name in ("cores", "vector width")})
 sizes = decode[["file", "peak_mb"]].rename(
-    columns={"file": "file, MB", "peak_mb": "peak memory, MB"}
+    columns={"file": "bytes, MB", "peak_mb": "peak memory, MB"}
 )
 sizes.insert(1, "of float32", decode["bytes"] / first)
 print(sizes.round(3).to_string(index_names=False))
 
 # %% [markdown]
-# Each quantized file of ours in these tables has a twin: docs-lm, quantized and exported in the same
-# way at the same level, held against the model it was made from.
+# Peak memory is that of a process that loads the model and answers once. PyTorch's quantized rows load the
+# float model first and quantize it there, which is why they are the largest.
+#
+# Each quantized file of ours in these tables has a twin: docs-lm, rounded (by absmax, untrained) and
+# exported in the same way at the same level, held against the model it was made from.
 
 # %%
 reports = decode["parity"].dropna()
@@ -408,7 +414,8 @@ print(twins.to_string(float_format="{:.1e}".format))
 # %% [markdown]
 # The logits of W8A8 are furthest apart. It has one range for all inputs at once, and where two engines
 # compute an input that differs in its last digit, one of them rounds it up and the other down. The loss
-# doesn't mind: its interval contains zero.
+# doesn't mind: its interval contains zero. That of two bits at level 4 does not: a thousandth of a nat,
+# little, but no tie.
 #
 # ## It talks
 #
@@ -509,11 +516,11 @@ check("ch14-limit", limit_ms)
 #   scale beside them. The tied embedding stands in the file once.
 # - Parity is four questions: integers and scales equal, logits, answers, and the metric in pairs. At
 #   level 0 all of them say "the same".
-# - Level 4 also rounds the inputs. It changed the loss by less than the margin, and training with it
-#   in sight did not help at four bits.
+# - Level 4 also rounds the inputs. It changed the loss by less than the margin, so training with it in
+#   sight had nothing to win at four bits.
 # - Seven bits for the inputs of W8A8, since pairs of products have to fit into sixteen.
-# - One token waits for memory, so few bits are fast; a prompt waits for arithmetic, so integers times
-#   integers are. Both only where there is a kernel.
+# - In float32 a token waits for memory, so fewer bytes help, until arithmetic and overhead take over; a
+#   prompt waits for arithmetic, so integers times integers help. Both only where there is a kernel.
 #
 # ## References
 #

@@ -14,7 +14,7 @@
 #
 # **What you will learn**
 #
-# - to train with several processes or devices, without changing a line;
+# - to train with several processes or devices, with the `fit` you know;
 # - what mixed precision does to a rounded weight;
 # - where the memory goes at a billion parameters, and at seventy, by an arithmetic that a measurement
 #   confirms;
@@ -46,7 +46,7 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## One batch, several processes
 #
-# The loss of a batch is a mean over its rows. So its gradient is the mean of the gradients of its
+# Where every row has as many tokens that count, the loss of a batch is a mean over its rows. So its gradient is the mean of the gradients of its
 # parts, each weighted by its share of the rows:
 #
 # $$ \nabla \frac1n \sum_{i=1}^{n} \ell_i \;=\; \sum_{p} \frac{n_p}{n} \, \nabla \Bigl(
@@ -79,27 +79,28 @@ print("gradient of the whole batch:", all(
 # %%
 script = folder / "train.py"
 script.write_text("""
-import json, os, sys
+import json, sys
+from accelerate import PartialState
 from companion import W4, fit, load_pretrained, load_task, prepare_qat
 
 task = load_task("language-reference", batch_size=4, block_size=64)
 qat = prepare_qat(load_pretrained("docs-lm"), W4)
 history = fit(qat, task.train, steps=8, lr=5e-4, checkpoint_dir=sys.argv[1])
-if os.environ.get("RANK", "0") == "0":
-    print(json.dumps(history.loss))
+if PartialState().is_main_process:  # what stands after fit runs in every process
+    print(json.dumps([PartialState().num_processes, history.loss]))
 """)
 
 
 def run(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-W", "ignore", *map(str, command)],
                           capture_output=True, text=True, env=environment)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-one = run(script, folder / "one")
-two = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+count_one, one = run(script, folder / "one")
+count_two, two = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
           script, folder / "two")  # fmt: skip
 
 # %% [markdown]
@@ -109,15 +110,18 @@ two = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
 print(pd.DataFrame({"one process": one, "two": two}).round(6).to_string())
 
 # %%
+print("processes:", count_one, "and", count_two)
 print("within 0.00001:", max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5)
 print("files of two:  ", [path.name for path in (folder / "two").iterdir()])
 
 # %% [markdown]
-# One file, since only the first process writes, and only the first shows a bar. The checkpoint is still
-# ours: safetensors and JSON. (Accelerate's own `save_state` writes pickles.)
+# One file, since only the first process writes; likewise only the first shows a bar. The checkpoint is
+# still ours: safetensors and JSON. (Accelerate's own `save_state` writes pickles.)
 #
-# Three things remain each process's own: the range of activations that is taken over a whole batch (W8A8),
-# the statistics of batch norm, and the random numbers of dropout, which are the same in each.
+# What is not as in one process: ranges of activations that are taken over a whole batch (W8A8) and the
+# statistics of batch norm, which each takes over its own rows; the random numbers of dropout, the same in
+# each; distillation of padded rows, which weigh as if none were. Where a loss compares all rows with each other, as in
+# retrieval, `fit` refuses to share them.
 #
 # ## Half the bytes to compute in
 #
@@ -141,8 +145,8 @@ error = (twice - rounded).norm() / (rounded - weight).norm()
 print("a fiftieth of the rounding, or less:", (error < 0.02).item())
 
 # %% [markdown]
-# That can be trained through. Convert and measure in float32 all the same: what is served has no second
-# rounding, or another one.
+# Little, at four bits. (At eight it is not, beside a rounding that is sixteen times finer.) Convert and
+# measure in float32 all the same: what is served has no second rounding, or another one.
 #
 # ## Where the memory goes
 #
@@ -233,8 +237,8 @@ for way in ways:
 # What is left over is a few activations and the temporary tensors of a single layer. The line about
 # `MALLOC_MMAP_THRESHOLD_` makes Linux's C library give back each tensor that is freed. By default it keeps
 # them for later, and a small tensor in the hole of a large one splits it; under rounding, where large and
-# small ones alternate, a process comes to hold far more than it needs. If your machine swaps, try that
-# variable first.
+# small ones alternate, a process comes to hold far more than it needs. If Linux swaps, try that
+# variable first. (Elsewhere it does nothing, and the measurement may lie above the tenth.)
 #
 # ### At a billion, and at seventy
 
@@ -262,14 +266,17 @@ small = {name: {part: amount / 1e9 for part, amount in memory.at_peak.items()}
 stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 
 # %% [markdown]
+# A teacher is not in these sums: it adds its own weights, 4 bytes for each parameter or 2 in bfloat16.
+# Nor is what `validate` keeps, the best weights so far.
+#
 # So the road for a small machine: gradient checkpointing first, which makes rounding nearly free in
 # memory and costs about one more forward pass; then LoRA, which takes the moments away. Training all
 # weights of seventy billion is for those with many devices.
 #
 # ## Sharding: FSDP2
 #
-# When one copy of the weights and moments does not fit, each process keeps a part, and they lend
-# each other a block at a time. PyTorch's `fully_shard` {cite:p}`zhao2023` does that; it wants to be
+# When weights, gradients and moments do not fit together, each process keeps a part of them, and they
+# lend each other a block at a time. PyTorch's `fully_shard` {cite:p}`zhao2023` does that; it wants to be
 # called on each block, then on the whole, *after* `prepare_qat`:
 #
 # ```python
@@ -284,12 +291,28 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 #
 # `fit` sees the sharded parameters and leaves the averaging to them. Note the last column but one of the
 # table: rounded copies are *not* shared, since every process rounds the block that it was lent. So
-# sharding under rounding needs checkpointing even more.
+# sharding under rounding needs checkpointing even more. (To the peak comes the block that is lent, with
+# its gradient.) Afterwards gather the weights, convert an unsharded copy, and go on as always:
+#
+# ```python
+# from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+#
+# options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# weights = get_model_state_dict(qat, options=options)  # in every process; the first gets them
+# if PartialState().is_main_process:
+#     whole = prepare_qat(model, W4)
+#     whole.load_state_dict(weights)
+#     save_quantized(convert(whole), "mine")
+# ```
+#
+# As it stands every process first loads the whole model, so this is for what fits in a machine's memory
+# and not in a device's.
 #
 # **What was run.** `DistributedDataParallel` and FSDP2, in two processes on one CPU with gloo:
 # `tests/test_processes.py` does it at every change, and holds both to the curve of one process. **What was
 # not run.** Several GPUs, NCCL, several machines, and anything of the 70B rows but their arithmetic.
-# A sharded model cannot be written by `checkpoint_dir`; take `torch.distributed.checkpoint`.
+# A sharded model cannot be written by `checkpoint_dir`; take `torch.distributed.checkpoint`. All
+# machines must see the same `checkpoint_dir`, otherwise.
 #
 # ## Notes on GPUs
 #
@@ -297,11 +320,13 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 # this chapter was checked.
 #
 # - `fit` trains where the parameters are: `model.to("cuda")` before, or a launcher, which gives each
-#   process its device. Batches follow. So do `perplexity`, `convert` and `save_quantized`.
+#   process its device. Batches and a teacher follow. `perplexity`, `convert` and `save_quantized` take the model
+#   where it is; `export_onnx` takes it to the CPU.
 # - `PeakMemory("cuda")` reads PyTorch's own count, which is exact.
 # - W8A8 on a GPU computes what training simulated, since the int8 kernel is the CPU's. Weight-only
 #   models dequantize there, too: for speed hand them on to torchao ([](ch16)).
-# - Seeds make a run repeatable on one device. Curves on a CPU and on a GPU differ after some steps.
+# - Curves on a CPU and on a GPU differ after some steps, and CUDA's default kernels may add up in another
+#   order each time.
 #
 # ## Exercises
 #
@@ -365,8 +390,8 @@ check("ch15-mean", mean_loss)
 # %% [markdown]
 # ## What we saw
 #
-# - The same `fit`, started twice, walked the curve of one process; one file, one bar.
-# - In bfloat16 a rounded weight is rounded again, by little beside what we train for.
+# - The same `fit`, started twice, walked the curve of one process, and wrote one file.
+# - In bfloat16 a rounded weight is rounded again, at four bits by little beside what we train for.
 # - Rounding adds copies that wait for the backward pass: 21 bytes for each parameter at the peak instead
 #   of 16, by arithmetic, and a process that trained agreed within a tenth.
 # - Checkpointing takes the copies away, LoRA the moments, sharding divides the rest. Several GPUs we

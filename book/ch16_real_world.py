@@ -22,7 +22,7 @@
 # - to hand the trained integers to torchao, and to evaluate with lm-eval;
 # - to move from `torch.ao.quantization` to what replaces it, snippet by snippet.
 #
-# *Running time: about two minutes on two cores.*
+# *Running time: about a minute on two cores.*
 
 # %%
 import copy
@@ -61,11 +61,11 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 # %% [markdown]
 # ## The same three calls
 #
-# One variable names the model: a folder, or an id of the Hugging Face Hub. Without a network it is
-# docs-lm; with one, set it and run the same cells.
+# One variable names the model, a folder or an id of the Hugging Face Hub; another may name a text of your
+# own, of ten paragraphs at least. Without a network it is docs-lm; with one, set them and run the same cells.
 #
 # ```
-# COMPANION_MODEL=HuggingFaceTB/SmolLM2-135M  COMPANION_TEXT=notes.txt  make lab
+# COMPANION_MODEL=HuggingFaceTB/SmolLM2-135M COMPANION_TEXT=$PWD/notes.txt make lab
 # ```
 
 # %%
@@ -73,7 +73,8 @@ name = os.environ.get("COMPANION_MODEL", "docs-lm")
 text = os.environ.get("COMPANION_TEXT", "language-reference")
 task = load_task(text, batch_size=4, block_size=128, tokenizer=load_tokenizer(name))
 model = load_pretrained(name, head="lm")
-history = fit(model, task.train, steps=30, lr=5e-4, progress=False)  # first in floating point
+rate = 5e-4 if name == "docs-lm" else 5e-5  # larger models want smaller ones
+history = fit(model, task.train, steps=30, lr=rate, progress=False)  # first in floating point
 
 # %% [markdown]
 # Then prepare, train, convert. Nothing in it knows how large the model is:
@@ -81,7 +82,7 @@ history = fit(model, task.train, steps=30, lr=5e-4, progress=False)  # first in 
 # %%
 nearest = convert(prepare_qat(model, W2, "absmax"))  # rounded, untrained: the row to beat
 qat = prepare_qat(model, W2)  # 1. on a copy, rounded as it computes
-fit(qat, task.train, steps=15, lr=5e-4, seed=1, teacher=model, progress=False)  # 2.
+fit(qat, task.train, steps=15, lr=rate, seed=1, teacher=model, progress=False)  # 2.
 small = convert(qat)  # 3. packed integers
 print("layers rounded:", len(small.quantization.layers))
 print(f"of float32:     {model_bytes(small) / model_bytes(model):.2f}")
@@ -97,7 +98,7 @@ print("trained under rounding, below rounded:", found["trained"].value < found["
 
 # %% [markdown]
 # (Fifteen steps at two bits, so that the page is quick. [](ch11) has the comparison with intervals and
-# controls; a larger model wants a lower rate, see [](ch13).)
+# controls; the rate for a larger model is a guess, see [](ch13).)
 #
 # ### The architectures people use
 #
@@ -155,9 +156,9 @@ for layer, reason in roads["Gemma 3"][1].quantization.skipped.items():
 # ## What others found
 #
 # Four things make a report of QAT worth something: the float model, the model rounded *without* training,
-# the trained one, and a float control that was trained as long. Most give three. Those whose figures
-# we have seen at the source stand in `book/case_studies.json`, each with the place where it is printed. The
-# share recovered is computed here, from the three cells:
+# the trained one, and a float control that was trained as long. Most give three. What we read of them
+# stands in `book/case_studies.json`, each figure with the place where it is printed (the report on
+# Gemma we read in copies). The share recovered is computed here, from the three cells:
 
 # %%
 cases = pd.read_json("case_studies.json")
@@ -166,34 +167,42 @@ cases["recovered"] = cases["recovered"].round(3) + 0  # no -0
 columns = ["case", "metric", "float", "ptq", "spinquant", "qat", "recovered"]
 print(cases[columns].round(3).to_string(index=False, na_rep=""))
 
-# %% mystnb={"image": {"alt": "Bars of the share recovered for eleven published results, from nothing for HellaSwag with Llama 3.2 3B, over about forty percent for Gemma 3 4B, to over one hundred percent for GSM8K with Llama 3.2 1B."}}
+# %% mystnb={"image": {"alt": "Bars of the share recovered for thirteen published results, from nothing for HellaSwag with Llama 3.2 3B, over about forty percent for Gemma 3 4B, to over one hundred percent for GSM8K with Llama 3.2 1B."}}
 bars((100 * cases.set_index(cases["case"] + ", " + cases["metric"])["recovered"]).to_dict(),
      xlabel="share of the damage recovered (%)", form="{:.0f}")  # fmt: skip
 
 # %% [markdown]
-# From nothing to more than everything. What a practitioner takes from each:
+# From nothing to more than everything. And what it costs, and buys:
+
+# %%
+costs = pd.read_json("case_costs.json")
+print(costs[["case", "what", "value", "unit"]].to_string(index=False))
+
+# %% [markdown]
+# What a practitioner takes from each:
 #
 # **Gemma 3** {cite:p}`gemma2025`. Google publishes four-bit checkpoints, trained for a few thousand steps
 # with the float model's own probabilities as targets (section 2.3): short, late, a teacher, a format that
 # common runtimes serve. That is our default recipe, in large. The report prints bytes, not quality: with
-# it, 27 billion parameters fall from 54 gigabytes to 14 (Table 3). The three rows above are others'
+# it, the weights of the largest fall to about a quarter. The three rows above are others'
 # training of the 4B model {cite:p}`torchao2026qat`; one model, three metrics, three shares. The largest is
 # the one that [](ch13) took apart: two questions of three.
 #
 # **Llama 3.2** {cite:p}`llama2024card`. Meta gives what few give: plain rounding, a rotation that needs no
 # training of weights (SpinQuant {cite:p}`liu2025spinquant`), and QAT with LoRA, on every benchmark, with
-# the bill. QAT wins on MMLU. On IFEval SpinQuant is ahead of it, for 1.7 GPU hours instead of 1,300. On
+# the bill. QAT wins on MMLU. On IFEval SpinQuant is ahead of it, for a thousandth of the GPU hours. On
 # HellaSwag at 3B the trained model is where rounding was. And GSM8K ends above the float model,
 # which had two rounds of fine-tuning less: that's not recovery, it's training, and the control is missing
 # ([](ch10)).
 #
-# **torchao and torchtune** {cite:p}`or2024`. Llama 3 8B, five thousand steps, the first thousand in
-# float: two thirds of the perplexity and nearly all of HellaSwag came back. Look one row further: the same library,
-# model and number of steps, with inputs in float and a lower rate, brought back an eighth
-# {cite:p}`torchao2024readme`. The recipe decides, not the name. Its cost there was a third of the speed,
-# and 2.4 gigabytes on 67.5, with checkpointing. [](ch15) says why so little.
+# **torchao and torchtune** {cite:p}`or2024`. Llama 3 8B, trained long: two thirds of the perplexity and
+# nearly all of HellaSwag came back. Two rows further, the same library, model and number of steps brought
+# back far less {cite:p}`torchao2024readme`. There the inputs stay in float and the rate is a tenth; both
+# changed at once, so the table cannot say which did it. Training under rounding cost a third of the
+# speed there, and few gigabytes, with checkpointing: [](ch15) says why so few.
 #
-# **Qwen3** {cite:p}`torchtune2025`. The share depends on the scale you compute it on:
+# **Qwen3** {cite:p}`torchtune2025`. One model, two metrics, and the share halves. It even depends on the
+# scale on which one and the same metric is read:
 
 # %%
 qwen = cases[cases["case"] == "Qwen3 1.7B"].iloc[0]
@@ -206,10 +215,9 @@ print(f"of perplexity {qwen['recovered']:.0%}, of nats {share:.0%}")
 # counts nats.)
 #
 # **EfficientQAT** {cite:p}`chen2025efficientqat` trains block after block and brings Llama 2 70B to two bits
-# on one GPU in 41 hours, three points below float: that is checkpointing taken to its end. **ParetoQ**
-# {cite:p}`liu2025paretoq` trains everything, long: its 125M model at four bits ends *below* the float
-# perplexity (14.1 against 15.1), so once more it was trained further, not repaired; at two bits it stays
-# three above.
+# on one GPU in two days, three points below float: that is checkpointing taken to its end. **ParetoQ**
+# {cite:p}`liu2025paretoq` trains everything, long: its smallest model at four bits ends *below* the float
+# perplexity, so once more it was trained further, not repaired; at two bits it stays above.
 #
 # And a warning. After reinforcement learning, QAT with the usual loss is reported unstable, and imitating the
 # float model is not {cite:p}`xin2026qad`. A teacher is the safer choice whenever you do not have the data
@@ -218,7 +226,8 @@ print(f"of perplexity {qwen['recovered']:.0%}, of nats {share:.0%}")
 # ## Hand the integers on: torchao
 #
 # `to_torchao` makes PyTorch's own layers with torchao's tensors, our integers and scales in them. From
-# there the model needs no companion: `torch.export`, ExecuTorch, vLLM read such tensors.
+# there the model needs no companion. `torch.export` takes it, as our tests check. Runtimes behind it,
+# such as ExecuTorch or vLLM, we have not run; some want positive scales, which `method="absmax"` gives.
 
 # %%
 theirs = to_torchao(small)
@@ -233,8 +242,8 @@ print(type(theirs.get_submodule(small.quantization.layers[0]).weight).__name__)
 # ## Evaluate with lm-eval
 #
 # Published figures mostly come from EleutherAI's lm-evaluation-harness, which takes a model object. It is no
-# dependency of this book, and its tasks need a network. We ran these lines by hand with
-# version 0.4.13, on a task of our own from a local file:
+# dependency of this book, and its tasks need a network. We made these calls by hand with version 0.4.13,
+# on a task of our own from a local file:
 #
 # ```python
 # import lm_eval
@@ -253,17 +262,16 @@ print(type(theirs.get_submodule(small.quantization.layers[0]).weight).__name__)
 # ## From torch.ao to torchao
 #
 # `torch.ao.quantization` is deprecated. What takes its place, for each way of using it; below the table
-# every line of the right column runs.
+# the right column runs.
 #
 # | you had | now | note |
 # |---|---|---|
-# | `quantize_dynamic(m, {nn.Linear})` | `quantize_(m, Int8DynamicActivationInt8WeightConfig())` | changes `m`; on a CPU the old kernel is faster |
+# | `quantize_dynamic(m, {nn.Linear})` | `quantize_(m, Int8DynamicActivationInt8WeightConfig())` | changes `m`; one range per token, not per call |
 # | `prepare_qat(m)` for Linear layers | `quantize_(m, QATConfig(base, step="prepare"))` | say which `base`; nothing is said if nothing matched |
 # | `convert(m)` | `quantize_(m, QATConfig(base, step="convert"))` | with the *same* base: a different one is not noticed |
 # | `prepare_qat(m)` for convolutions | `prepare_qat_pt2e(exported, quantizer)` | on an exported graph; no layers to swap |
 # | `m.train()`, `m.eval()` then | `allow_exported_model_train_eval(m)` first | an exported graph refuses both without it |
 # | `convert(m)` for convolutions | `convert_pt2e(m)` | after `m.eval()`, which on a graph returns nothing |
-# | `torch.fake_quantize_per_channel_affine` | the same, or `companion.fake_quantize` | an operator, not deprecated |
 
 # %%
 from torchao.quantization import (
@@ -394,7 +402,7 @@ check("ch16-cache", longer_than)
 # - Three calls took docs-lm down the road, and tiny models of three families, equal at each station.
 #   What could not be rounded said why.
 # - Published shares run from nothing to more than everything. Ask each for the rounded row, the control,
-#   the number of questions, and the scale. Compare with the best rounding, not the plainest.
+#   the number of questions, the scale, and the bill. Compare with the best rounding, not the plainest.
 # - The trained integers go on to torchao unchanged, and a saved model into lm-eval.
 # - The old API has a successor line by line, for convolutions on exported graphs.
 #

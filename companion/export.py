@@ -143,7 +143,7 @@ def export_onnx(
         file beside it. Either is complete or not there at all.
     accuracy_level : {0, 1, 2, 3, 4}
         How ONNX Runtime multiplies weights of up to eight bits: 0 in float32; 4 rounds the
-        inputs to 8 bits by blocks, several times faster. Models trained with `BLOCK8`
+        inputs to 8 bits by blocks: faster tokens, slower prompts. Models trained with `BLOCK8`
         activations always take 4, and W8A8 multiplies integers.
     example : Tensor, optional
         An input, of any batch size.
@@ -173,7 +173,9 @@ def export_onnx(
     packed = [module for module in model.modules() if isinstance(module, Packed)]
     if getattr(model, "quantization", None) is None or not packed:
         raise WrongStage("export_onnx() needs a model from convert(): convert it first")
-    served = copy.deepcopy(model).float()  # what its kernels compute in; integers stay as they are
+    served = (
+        copy.deepcopy(model).cpu().float()
+    )  # what its kernels compute in; integers stay as they are
     layers = [module for module in served.modules() if isinstance(module, Packed)]
     served = replace_modules(served, served_layers(layers, accuracy_level))
     return write_graph(served.eval(), path, example=example)
@@ -258,6 +260,12 @@ def _graph(model: nn.Module, example: Tensor | None) -> tuple[_Graph, Descriptio
 
 
 def _decoder_graph(model: nn.Module, config, ids: Tensor, quantization: str):
+    stop = {
+        token
+        for source in (config, getattr(model, "generation_config", None))
+        for token in _as_tuple(getattr(source, "eos_token_id", None))
+    }
+    config = config.get_text_config(decoder=True)  # models that also see have one inside
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     before, layers = 3, config.num_hidden_layers
@@ -269,9 +277,14 @@ def _decoder_graph(model: nn.Module, config, ids: Tensor, quantization: str):
     graph = _Graph(_Decoder(model), (ids, mask, past), shapes,
                    ["input_ids", "attention_mask", *(n.format("past_key_values") for n in names)],
                    ["logits", *(n.format("present") for n in names)])  # fmt: skip
-    stop = getattr(config, "eos_token_id", None)
-    stop = tuple(stop) if isinstance(stop, (list, tuple)) else () if stop is None else (stop,)
     return graph, Description(
-        "decoder", layers, heads, width, getattr(config, "max_position_embeddings", 0), stop,
+        "decoder", layers, heads, width, getattr(config, "max_position_embeddings", 0),
+        tuple(sorted(stop)),
         "ForCausalLM", quantization,
     )  # fmt: skip
+
+
+def _as_tuple(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
+    if tokens is None:
+        return ()
+    return tuple(tokens) if isinstance(tokens, Sequence) else (tokens,)

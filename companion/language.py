@@ -91,7 +91,7 @@ def document_losses(model: nn.Module, loader: Iterable) -> DocumentLosses:
         owners = batch.get("document", torch.arange(row, row + len(labels)))
         scored = (labels != -100).sum(1).tolist()
         for owner, loss, n in zip(
-            owners.tolist(), losses.double().sum(1).tolist(), scored, strict=True
+            owners.tolist(), losses.cpu().double().sum(1).tolist(), scored, strict=True
         ):
             entry = sums.setdefault(owner, [0.0, 0])
             entry[0] += loss

@@ -65,6 +65,8 @@ def distillation_loss(teacher: nn.Module, temperature: float = 1.0, share: float
     teacher.eval()
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
+        if (first := next(model.parameters(), None)) is not None:
+            teacher.to(first.device)
         student, cross_entropy = _answer(model, batch)
         with torch.no_grad():
             target, _ = _answer(teacher, batch)

@@ -68,6 +68,9 @@ def training_memory(
 ) -> TrainingMemory:
     """Add up what fine-tuning with AdamW takes, under rounding or not.
 
+    Not in it: activations, a teacher (its weights once more), the weights that `validate` keeps,
+    and with several processes the block that is lent.
+
     Parameters
     ----------
     parameters : float
@@ -99,6 +102,8 @@ def training_memory(
     >>> training_memory(1e9, 1e9, segments=20).peak / 1e9
     16.25
     """
+    if method not in MASK_BYTES:
+        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(MASK_BYTES)}")
     adapters = trained is not None
     trained = parameters if trained is None else trained
     weights = parameters * weight_bytes + (4 * trained if adapters else 0)
@@ -133,6 +138,8 @@ class PeakMemory:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"memory of {device!r} cannot be measured: use 'cpu' or 'cuda'")
         self.bytes = 0
 
     def __enter__(self) -> PeakMemory:

@@ -101,7 +101,7 @@ class BlockLinear(nn.Module):
     blocks : Blocks
         Of that layer.
     accuracy_level : int
-        0 computes in float32; 4 rounds the inputs of each block to 8 bits, and is faster.
+        0 computes in float32; 4 rounds the inputs of each block to 8 bits.
     """
 
     def __init__(self, layer: QuantizedLinear, blocks: Blocks, accuracy_level: int) -> None:

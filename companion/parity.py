@@ -150,19 +150,21 @@ def _matches(model: nn.Module, found: Mapping[str, tuple[np.ndarray, np.ndarray]
             names.setdefault(layer.integers.data_ptr(), set()).add(name)
             layers[layer.integers.data_ptr()] = layer
     for place, layer in layers.items():
-        ours = unpack(layer.integers, layer.scheme.weight_bits, layer.columns).numpy()
+        ours = unpack(layer.integers, layer.scheme.weight_bits, layer.columns).cpu().numpy()
         in_file = names[place] & found.keys()  # two for W8A8: no operator shares an embedding
         if not in_file:
             yield False, False
         for name in in_file:
             integers, scales = found[name]
             padded = np.pad(ours, ((0, 0), (0, integers.shape[1] - layer.columns)))
-            repeated = np.broadcast_to(layer.scale.float().numpy(), scales.shape)
+            repeated = np.broadcast_to(layer.scale.cpu().float().numpy(), scales.shape)
             yield np.array_equal(integers, padded), np.array_equal(scales, repeated)
 
 
 def _answers(model: nn.Module, batches: Iterable[Mapping]) -> list[Tensor]:
     """The logits of a few batches."""
+    device = getattr(model, "device", "cpu")
     with torch.no_grad():
-        return [model(**{k: v for k, v in batch.items() if k not in ("labels", "document")}).logits
+        return [model(**{key: value.to(device) for key, value in batch.items()
+                         if key not in ("labels", "document")}).logits.cpu()
                 for batch in batches]  # fmt: skip

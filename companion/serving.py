@@ -128,7 +128,7 @@ class OnnxModel(nn.Module):
         self._needs("decoder")
         names = [node.name for node in self._session.get_outputs()]
         rng = np.random.default_rng(seed)
-        ids, length = input_ids.numpy(), input_ids.shape[1]
+        ids, length = input_ids.cpu().numpy(), input_ids.shape[1]
         context = self.description.context or length + max_new_tokens
         past = self._no_past(1)
         past = {

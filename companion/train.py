@@ -71,9 +71,10 @@ def fit(
     """Train a model for a fixed number of optimizer steps, in one process or in several.
 
     Started by ``accelerate launch`` or ``torchrun``, the same call shares every batch among the
-    processes, each on its own device, in the precision that Accelerate is configured for; the
-    losses are those of one process with the whole batch. Only the first shows a bar and writes
-    checkpoints. (A range over a whole batch, as in W8A8 or batch norm, is each process's own.)
+    processes, each on its own device, in the precision that Accelerate is configured for. Where the
+    loss is a mean over rows or over labelled tokens, it is that of one process with the whole batch.
+    Only the first shows a bar and writes checkpoints. (A range over a whole batch, as in W8A8 or
+    batch norm, is each process's own.)
 
     Parameters
     ----------
@@ -157,8 +158,6 @@ def fit(
     device = processes.device
     if device != parameters[0].device:
         model.to(device)
-        if teacher is not None:
-            teacher.to(device)
     model.train()
     optimizer = _make_optimizer(optimizer, parameters, lr)
     factor = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
@@ -184,6 +183,11 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         history, rng, best = History(**saved["history"]), saved["rng"], saved["best"]
 
+    if processes.mean(torch.tensor(float(start))) != start:
+        raise CheckpointError(
+            f"not every process finds the checkpoint of step {start} in {path}: use a folder that "
+            "all machines share"
+        )
     optimizer = processes.optimizer(optimizer)
     loss_of = processes.loss(model, loss_fn)
     stream = forever(loader, seed, start * accumulate, rng)

@@ -205,3 +205,33 @@ def test_large_models_keep_their_tensors_in_a_second_file(tmp_path, monkeypatch)
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     assert (OnnxModel(path)(X) - model(X)).abs().max() < 1e-5
     assert set(read_integers(path)) == {"0", "2"}
+
+
+def test_keys_and_values_are_not_repeated_for_every_head(served_docs_lm):
+    """docs-lm has two of them for four heads; ONNX's Attention shares them by itself."""
+    graph = onnx.load(served_docs_lm[1]).graph
+    attention = [node for node in graph.node if node.op_type == "Attention"]
+    kept = {output.name for output in graph.output}
+    assert len(attention) == 4
+    assert all(set(node.input[1:3]) <= kept for node in attention)
+
+
+def test_a_text_model_inside_one_that_sees_and_all_tokens_that_stop(tmp_path):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    ).eval()
+    model.generation_config.eos_token_id = [7, 9]
+    q = converted(W4, model, skip=["vision_tower"])
+    served = OnnxModel(export_onnx(q, tmp_path / "model.onnx"))
+    assert {7, 9} <= set(served.description.stop)
+    ids = torch.randint(10, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = q(input_ids=ids).logits
+    assert (served(ids).logits - expected).abs().max() < 1e-4

@@ -86,3 +86,10 @@ def test_the_sampler_sees_what_is_gone_at_the_end():
         time.sleep(0.05)
         del x
     assert 80e6 < peak.bytes < 200e6
+
+
+def test_what_is_unknown_is_refused():
+    with pytest.raises(ValueError, match="absmax, mse, lsq"):
+        training_memory(1, 1, method="median")
+    with pytest.raises(ValueError, match="cannot be measured"):
+        PeakMemory("meta")

@@ -12,8 +12,9 @@ from torch import nn
 
 from companion import fit
 from companion.checkpoint import CHECKPOINT
+from companion.encoder import BiEncoder
 from companion.errors import CheckpointError
-from companion.processes import Processes, is_sharded
+from companion.processes import Processes, count_rows, is_sharded, take_rows
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 
@@ -25,7 +26,7 @@ def run(folder: Path, processes: int, environment: dict | None = None, **options
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                         str(processes)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1",
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                    "TQDM_DISABLE": "", **(environment or {})}  # fmt: skip
     if processes > 1:
         environment.pop("RANK", None)
@@ -44,7 +45,7 @@ def test_two_processes_have_the_curve_of_one_and_one_writer(tmp_path):
     options = {"teacher": True, "accumulate": 2, "validate": True, "checkpoint": True}
     (one,), _ = run(tmp_path / "one", 1, **options)
     (first, second), bars = run(tmp_path / "two", 2, **options)
-    assert (one["processes"], first["processes"]) == (1, 2)
+    assert (one["processes"], first["processes"]) == (1, 2)  # told by torchrun alone
     assert len(one["loss"]) == 6
     assert differ(one["loss"], first["loss"]) < 1e-5
     assert first["loss"] == second["loss"]
@@ -58,10 +59,11 @@ def test_two_processes_have_the_curve_of_one_and_one_writer(tmp_path):
     assert bars.count("fit:   0%") == 1
 
 
-def test_rows_that_two_do_not_divide_weigh_what_they_are(tmp_path):
-    """Three rows: one process computes one, the other two; a plain mean would be another."""
-    (one,), _ = run(tmp_path / "one", 1, batch=3, steps=3)
-    (two, _), _ = run(tmp_path / "two", 2, batch=3, steps=3)
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_weigh_by_what_they_score(tmp_path, padded):
+    """Three rows, one for the first process and two for the second; some of them half empty."""
+    (one,), _ = run(tmp_path / "one", 1, batch=3, steps=3, padded=padded)
+    (two, _), _ = run(tmp_path / "two", 2, batch=3, steps=3, padded=padded)
     assert differ(one["loss"], two["loss"]) < 1e-5
 
 
@@ -86,6 +88,8 @@ def test_fsdp2_trains_as_one_process_does(tmp_path):
     (two, _), _ = run(tmp_path / "two", 2, shard=True)
     assert differ(one["loss"], two["loss"]) < 1e-5
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-6)
+    (half, _), _ = run(tmp_path / "half", 2, {"ACCELERATE_MIXED_PRECISION": "bf16"}, shard=True)
+    assert 1e-6 < differ(half["loss"], two["loss"]) < 0.2
     failed = run(tmp_path / "no", 2, shard=True, checkpoint=True)
     assert "a sharded model has no process that could write all of it" in failed.stderr
 
@@ -105,6 +109,42 @@ def test_alone_nothing_changes():
     assert alone.share(batch) == (batch, 1.0)
     assert alone.mean(torch.tensor(0.1, dtype=torch.float64)) == 0.1
     assert not is_sharded(nn.Linear(2, 2))
+
+
+def test_processes_that_would_train_for_themselves_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("companion.processes._has_devices", lambda: True)  # so none is told "CPU"
+    with pytest.raises(ValueError, match="3 processes were started, and Accelerate would train 1"):
+        Processes(torch.device("cpu"))
+
+
+def test_retrieval_is_not_shared(monkeypatch):
+    alone = Processes(torch.device("cpu"))
+    alone.count = 2
+    with pytest.raises(ValueError, match="compares every query with every text"):
+        alone.loss(BiEncoder(nn.Linear(1, 1)), lambda model, batch: None)
+
+
+def test_rows_are_found_beside_what_has_none():
+    batch = {"names": ["a", "b", "c"], "scale": torch.tensor(2.0), "positions": torch.ones(1, 5),
+             "input_ids": torch.ones(3, 5), "empty": None}  # fmt: skip
+    assert count_rows(batch) == 3
+    part = take_rows(batch, 3, slice(2, 3))
+    assert part["names"] == ["c"]
+    assert part["input_ids"].shape == (1, 5)
+    assert part["positions"].shape == (1, 5)
+    assert part["scale"] == 2.0
+    assert part["empty"] is None
+    with pytest.raises(ValueError, match="without tensors"):
+        count_rows({"a": None})
+
+
+def test_a_checkpoint_that_only_one_machine_has_is_noticed(monkeypatch, tmp_path):
+    layer, data = nn.Linear(1, 2), [(torch.ones(1, 1), torch.tensor([0]))]
+    fit(layer, data, steps=2, checkpoint_dir=tmp_path, progress=False)
+    monkeypatch.setattr(Processes, "mean", lambda self, value: value.item() / 2)  # of two
+    with pytest.raises(CheckpointError, match="a folder that all machines share"):
+        fit(layer, data, steps=2, checkpoint_dir=tmp_path, resume=True, progress=False)
 
 
 def test_accelerate_may_not_shard(monkeypatch):

@@ -46,6 +46,8 @@ def test_commands_and_figures_are_those_there_are():
     prompt = rows["ONNX Runtime", "int8 W8A8", "prefill", 64]
     share = token["bytes"] / rows["torch", "float32", "decode", 1]["bytes"]
     assert 3.7 < token["ratio_to_torch_float32"] < 4.3  # "a quarter"
+    ort = rows["ONNX Runtime", "float32", "decode", 1]
+    assert 1.55 < ort["ratio_to_torch_float32"] < 1.75  # "three fifths"
     assert prompt["ratio_to_torch_float32"] > 4  # "less than a quarter"
     assert f"{share:.3f}" in README
 

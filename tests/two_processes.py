@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from companion import W2, W4, W4A8, fit, load_pretrained, prepare_qat, train
 from companion.stream import batches
@@ -26,7 +27,12 @@ def main(result: Path, options: dict) -> None:
     torch.set_num_threads(1)
     ids = torch.randint(10, 4000, (24, 33), generator=torch.Generator().manual_seed(0))
     size = options.get("batch", 4)
-    data = [{"input_ids": x, "labels": x} for x in ids.split(size)]
+    labels = ids.clone()
+    if options.get("padded"):
+        for row in range(0, len(ids), 3):
+            labels[row, 10 + row :] = -100  # so that rows score different numbers of tokens
+    data = [{"input_ids": x, "labels": y}
+            for x, y in zip(ids.split(size), labels.split(size), strict=True)]  # fmt: skip
     model = load_pretrained("docs-lm")
     teacher = load_pretrained("docs-lm") if options.get("teacher") else None
     qat = prepare_qat(model, SCHEMES[options.get("scheme", "W4")], options.get("method", "lsq"))
@@ -57,7 +63,7 @@ def main(result: Path, options: dict) -> None:
     rank = os.environ.get("RANK", "0")
     found = {"loss": history.loss, "written": len(counted), "validation": history.validation, "norm": norm.item(),
              "device": str(next(qat.parameters()).device), "dtype": str(next(qat.parameters()).dtype),
-             "processes": int(os.environ.get("WORLD_SIZE", "1"))}  # fmt: skip
+             "processes": PartialState().num_processes}  # fmt: skip
     result.with_suffix(f".{rank}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

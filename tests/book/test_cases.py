@@ -6,6 +6,7 @@ from pathlib import Path
 
 BOOK = Path(__file__).parents[2] / "book"
 CASES = json.loads((BOOK / "case_studies.json").read_text())
+COSTS = json.loads((BOOK / "case_costs.json").read_text())
 PRIMARY = ("url", "arXiv", "booktitle", "journal")
 
 
@@ -16,7 +17,7 @@ def entries() -> dict[str, str]:
 
 def test_every_case_names_where_it_was_published():
     known = entries()
-    for case in CASES:
+    for case in CASES + COSTS:
         assert case["where"].strip()
         assert any(field in known[case["source"]] for field in PRIMARY), case["source"]
 
@@ -25,7 +26,7 @@ def test_every_cited_report_of_the_chapter_can_be_found():
     known = entries()
     text = (BOOK / "ch16_real_world.py").read_text() + (BOOK / "next.md").read_text()
     cited = set(re.findall(r"\{cite:[pt]\}`([^`]+)`", text))
-    assert {case["source"] for case in CASES} <= cited
+    assert {case["source"] for case in CASES + COSTS} <= cited
     for key in cited:
         assert any(field in known[key] for field in PRIMARY), key
 
