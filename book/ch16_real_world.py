@@ -190,7 +190,7 @@ print(costs[["case", "what", "value", "unit"]].to_string(index=False))
 #
 # **Llama 3.2** {cite:p}`llama2024card`. Meta gives what few give: plain rounding, a rotation that needs no
 # training of weights (SpinQuant {cite:p}`liu2025spinquant`), and QAT with LoRA, on every benchmark, with
-# the bill. QAT wins on MMLU. On IFEval SpinQuant is ahead of it, for a thousandth of the GPU hours. On
+# the bill. QAT wins on MMLU. On IFEval SpinQuant is ahead of it; compare the two bills above. On
 # HellaSwag at 3B the trained model is where rounding was. And GSM8K ends above the float model,
 # which had two rounds of fine-tuning less: that's not recovery, it's training, and the control is missing
 # ([](ch10)).
