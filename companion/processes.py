@@ -8,6 +8,7 @@ in chapter 15.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -41,7 +42,9 @@ class Processes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        with warnings.catch_warnings():  # tqdm, in Jupyter without widgets
+            warnings.filterwarnings("ignore", "IProgress not found")
+            from accelerate import Accelerator, DistributedDataParallelKwargs
 
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         started = int(os.environ.get("WORLD_SIZE", "1"))
