@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.deployed_speed import ROWS, SMOLLM2, Row, copy_bandwidth, measure
+from benchmarks.deployed_speed import PROMPTS, ROWS, SMOLLM2, Row, copy_bandwidth, measure
 from companion import W2, W4, W8A8
 
 CONTENT = json.loads(
@@ -38,6 +38,43 @@ def test_eight_bits_read_a_prompt_several_times_as_fast():
 def test_the_four_bit_file_is_small():
     float32 = RECORDS["torch", "float32", "decode", 1]["bytes"]
     assert RECORDS["ONNX Runtime", "int4 level 4", "decode", 1]["bytes"] <= 0.16 * float32
+
+
+def row(precision: str, phase: str = "decode", tokens: int = 1, engine: str = "ONNX Runtime"):
+    return RECORDS[engine, precision, phase, tokens]
+
+
+def test_what_the_chapter_reads_in_the_times_of_a_token():
+    fastest = min(r["ms"] for (_, _, phase, _), r in RECORDS.items() if phase == "decode")
+    assert row("int4 level 4")["ms"] == fastest
+    assert row("float32")["ms"] < 1.25 * row("float32")["limit_ms"]
+    assert row("int4 level 4")["ms"] > 2 * row("int4 level 4")["limit_ms"]
+    assert row("int2 level 4")["ms"] > 0.95 * fastest
+    assert row("int2 level 4")["read_mb"] == pytest.approx(
+        0.6 * row("int4 level 4")["read_mb"], 0.01
+    )
+    slow = [row("int8 level 0"), row("int2 level 0"), row("int8", engine="torchao"),
+            row("int4, int8 inputs", engine="torchao")]  # fmt: skip
+    assert all(r["ratio_to_torch_float32"] < 1 for r in slow)
+    levels = [row(f"int4 level {level}")["ms"] for level in (0, 1, 2, 3)]
+    assert max(levels) < 1.1 * min(levels)
+
+
+def test_what_the_chapter_reads_in_the_times_of_a_prompt():
+    short, long = (row("int8 W8A8", "prefill", tokens) for tokens in PROMPTS)
+    best = min(r["ms"] for (*_, tokens), r in RECORDS.items() if tokens == 512)
+    assert long["ms"] == best
+    assert long["ratio_to_torch_float32"] < 0.6 * short["ratio_to_torch_float32"]
+    assert long["ratio_to_ort_float32"] > 0.75 * short["ratio_to_ort_float32"]
+    weight_only = [r for (engine, precision, *_, tokens), r in RECORDS.items()
+                   if engine == "ONNX Runtime" and "level" in precision and tokens == 512]  # fmt: skip
+    assert all(r["ratio_to_ort_float32"] < 1 for r in weight_only)
+
+
+def test_two_bits_at_level_4_cost_a_little_and_nothing_else_does():
+    costly = [r.precision for r in ROWS if r.scheme
+              and row(r.precision)["parity"]["loss_difference"][1] > 0]  # fmt: skip
+    assert costly == ["int2 level 4"]
 
 
 def test_ratios_follow_from_the_times():
