@@ -88,6 +88,8 @@ def test_fsdp2_trains_as_one_process_does(tmp_path):
     (two, _), _ = run(tmp_path / "two", 2, shard=True)
     assert differ(one["loss"], two["loss"]) < 1e-5
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-6)
+    assert two["gathered"] == pytest.approx(one["norm"], rel=1e-6)  # as the chapter tells it
+    assert two["converted"]
     (half, _), _ = run(tmp_path / "half", 2, {"ACCELERATE_MIXED_PRECISION": "bf16"}, shard=True)
     assert 1e-6 < differ(half["loss"], two["loss"]) < 0.2
     failed = run(tmp_path / "no", 2, shard=True, checkpoint=True)

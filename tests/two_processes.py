@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from companion import W2, W4, W4A8, fit, load_pretrained, prepare_qat, train
+from companion import W2, W4, W4A8, convert, fit, load_pretrained, prepare_qat, train
 from companion.stream import batches
 
 SCHEMES = {"W4": W4, "W2": W2, "W4A8": W4A8}
@@ -64,6 +64,19 @@ def main(result: Path, options: dict) -> None:
     found = {"loss": history.loss, "written": len(counted), "validation": history.validation, "norm": norm.item(),
              "device": str(next(qat.parameters()).device), "dtype": str(next(qat.parameters()).dtype),
              "processes": PartialState().num_processes}  # fmt: skip
+    if options.get("shard"):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(qat, options=whole)
+        if rank == "0":
+            gathered = prepare_qat(model, qat.quantization.scheme, qat.quantization.method)
+            gathered.load_state_dict(weights)
+            found["gathered"] = sum(
+                p.detach().double().square().sum() for p in gathered.parameters()
+            ).item()
+            same = torch.equal(convert(gathered.eval())(ids).logits, gathered(ids).logits)
+            found["converted"] = same
     result.with_suffix(f".{rank}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
