@@ -38,6 +38,11 @@ def speeds(
     -------
     dict of str to dict
         ``prefill`` (milliseconds for the prompt) and ``decode`` (milliseconds for a token).
+
+    Raises
+    ------
+    ValueError
+        If a context is too short for the prompt and two tokens.
     """
     ids = torch.randint(10, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
     found: dict[str, dict[str, list]] = {name: {"prefill": [], "decode": []} for name in models}
@@ -65,4 +70,9 @@ def _times(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[float, flo
             output = model(input_ids=ids, past_key_values=cache, use_cache=True)
             ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
             stamps.append(time.perf_counter())
+    if len(stamps) < 3:
+        raise ValueError(
+            f"after {ids.shape[1]} tokens the model's context has no room for two more: time it "
+            "with a shorter prompt"
+        )
     return stamps[1] - stamps[0], (stamps[-1] - stamps[1]) / (len(stamps) - 2)

@@ -32,7 +32,7 @@ class Processes:
     Raises
     ------
     ValueError
-        If Accelerate was configured to shard the model itself.
+        If the processes would not train together, or Accelerate was configured to shard the model.
 
     Examples
     --------
@@ -117,7 +117,7 @@ class Processes:
             )
         start, stop = (rows * i // self.count for i in (self._index, self._index + 1))
         part = take_rows(batch, rows, slice(start, stop))
-        return part, self.count * _scored(part) / _scored(batch)
+        return part, self.count * _scored(part) / max(_scored(batch), 1)
 
     def unsynchronised(self, really: bool) -> AbstractContextManager:
         """Keep gradients to this process, where more batches of the same step follow."""

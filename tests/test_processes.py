@@ -127,6 +127,15 @@ def test_retrieval_is_not_shared(monkeypatch):
         alone.loss(BiEncoder(nn.Linear(1, 1)), lambda model, batch: None)
 
 
+def test_a_batch_without_scored_tokens_weighs_nothing():
+    """Its loss is the mean of nothing, which fit() names; no division fails before."""
+    pair = Processes(torch.device("cpu"))
+    pair.count = 2
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    _, weight = pair.share({"input_ids": ids, "labels": torch.full_like(ids, -100)})
+    assert weight == 0
+
+
 def test_rows_are_found_beside_what_has_none():
     batch = {"names": ["a", "b", "c"], "scale": torch.tensor(2.0), "positions": torch.ones(1, 5),
              "input_ids": torch.ones(3, 5), "empty": None}  # fmt: skip
