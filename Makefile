@@ -12,10 +12,7 @@ book: $(READY)   ## set up if needed, then render the course to _build/html
 	@echo "Open $(CURDIR)/_build/html/index.html in a browser."
 
 test: $(READY)   ## set up if needed, then run every check
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval book --nbval-cell-timeout=300
+	$(BIN)/python -m tests.everything
 
 lab: $(READY)    ## open the notebooks in JupyterLab, with progress bars
 	$(BIN)/jupyter lab book

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from benchmarks.provenance import write_results
 from companion import QuantWrapper, fit, load_pretrained, load_task
-from companion.evaluate import predict
-from companion.models import new_resnet18
+from companion.course.models import new_resnet18
+from companion.evaluation.estimates import predict
 
 BATCH, LR, MOMENTUM, FREEZE_AT = 25, 0.001, 0.9, 0.8  # optimizer as in the recipe of chapter 1
 

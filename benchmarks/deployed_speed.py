@@ -40,12 +40,12 @@ from companion import (
     model_bytes,
     prepare_qat,
 )
-from companion.bench import speeds
-from companion.export import write_graph
-from companion.parity import parity
-from companion.serving import OnnxModel
-from companion.tables import scheme_name
-from companion.task import Task
+from companion.cli.bench import speeds
+from companion.data.task import Task
+from companion.formats.onnx.export import write_graph
+from companion.formats.onnx.model import OnnxModel
+from companion.formats.onnx.parity import parity
+from companion.study.tables import scheme_name
 
 SMOLLM2 = {
     "hidden_size": 576,

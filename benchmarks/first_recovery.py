@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from benchmarks.provenance import RESULTS, write_results
 from companion import W2, W3, W4, QuantScheme, convert, fit, load_pretrained, load_task, prepare_qat
+from companion.evaluation.language import document_losses
 from companion.files import write_atomically
-from companion.language import document_losses
-from companion.train import History
+from companion.training.fit import History
 
 SCHEMES = {"W4": W4, "W3": W3, "W2": W2}
 RATES = (5e-4, 1e-3, 2e-3)

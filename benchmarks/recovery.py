@@ -25,8 +25,8 @@ from torch import nn
 
 from benchmarks.provenance import RESULTS, write_results
 from companion import QuantScheme, compare, load_pretrained, load_task
-from companion.arms import ARMS, Arm
-from companion.tables import scheme_name
+from companion.study.recipes import ARMS, Arm
+from companion.study.tables import scheme_name
 
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="torchao")

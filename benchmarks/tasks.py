@@ -23,11 +23,11 @@ import numpy as np
 
 from benchmarks.provenance import RESULTS, write_results
 from companion import W8A8, QuantScheme, compare, load_pretrained, load_task
-from companion.arms import ARMS
-from companion.baselines import BASELINES
-from companion.evaluate import Scores
-from companion.sources import MINILM
-from companion.tables import scheme_name
+from companion.course.baselines import BASELINES
+from companion.course.sources import MINILM
+from companion.evaluation.estimates import Scores
+from companion.study.recipes import ARMS
+from companion.study.tables import scheme_name
 
 TUNED = QuantScheme(2)
 TRAINED = (QuantScheme(4), QuantScheme(3, None), QuantScheme(2), QuantScheme(2, None))

@@ -35,9 +35,9 @@ from torch.nn import functional as F
 
 import companion
 from companion import accuracy, fit, load_pretrained, load_task, model_bytes
-from companion.check import check
+from companion.course.check import check
+from companion.course.figures import curves
 from companion.errors import NothingToTrain
-from companion.plots import curves
 
 warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
 

@@ -35,10 +35,10 @@ from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights
 
 from companion import accuracy, fit, load_pretrained, load_task
-from companion.check import check
-from companion.evaluate import paired, predict, proportion
-from companion.models import new_resnet18
-from companion.plots import curves, images
+from companion.course.check import check
+from companion.course.figures import curves, images
+from companion.course.models import new_resnet18
+from companion.evaluation.estimates import paired, predict, proportion
 
 # %% [markdown]
 # ## Training that does not start from nothing

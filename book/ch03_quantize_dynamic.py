@@ -29,9 +29,9 @@ from torch.ao.quantization.quantization_mappings import get_default_dynamic_quan
 from torchvision.models import resnet18
 
 from companion import choose_scale, dequantize, fit, model_bytes, quantize
-from companion.check import check
+from companion.course.check import check
+from companion.course.figures import bars
 from companion.errors import NothingToTrain
-from companion.plots import bars
 
 warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
 generator = torch.Generator().manual_seed(0)

@@ -30,10 +30,10 @@ from torch.ao import quantization as ao
 from torch.nn import functional as F
 
 from companion import choose_scale, dequantize, fake_quantize, load_pretrained, quantize
-from companion.check import check
+from companion.course.check import check
+from companion.course.figures import curves, histogram
 from companion.errors import SchemeError
-from companion.integers import to_groups
-from companion.plots import curves, histogram
+from companion.numerics.affine import to_groups
 
 warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
 

@@ -35,10 +35,10 @@ from torch.ao import quantization as ao
 from torch.nn import functional as F
 
 from companion import QuantWrapper, accuracy, fit, load_pretrained, load_task, model_bytes
-from companion.check import check
+from companion.course.check import check
+from companion.course.figures import histogram
 from companion.errors import UnsupportedModel, WrongStage
-from companion.evaluate import paired, predict
-from companion.plots import histogram
+from companion.evaluation.estimates import paired, predict
 
 warnings.filterwarnings("ignore")  # upstream announces removal at every call; see below
 
@@ -199,7 +199,7 @@ print([m._get_name() for m in (served.quant, layer, served.dequant)])
 
 # %%
 from companion import choose_scale, quantize
-from companion.integers import to_groups
+from companion.numerics.affine import to_groups
 
 rows = to_groups(weight)  # (8, 1, 27): one scale per output channel
 s_w, _ = choose_scale(rows, bits=8)

@@ -36,10 +36,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from companion import QuantWrapper, choose_scale, fake_quantize, fit, load_pretrained, load_task
-from companion.check import check
-from companion.eager import make_qconfig
-from companion.evaluate import predict
-from companion.plots import curves, scatter, staircase
+from companion.classic.eager import make_qconfig
+from companion.course.check import check
+from companion.course.figures import curves, scatter, staircase
+from companion.evaluation.estimates import predict
 
 warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
 generator = torch.Generator().manual_seed(0)

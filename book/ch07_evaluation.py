@@ -36,9 +36,9 @@ from scipy import stats
 from torch import nn
 
 from companion import QuantWrapper, accuracy, fit, load_pretrained, load_task, model_bytes
-from companion.check import check
-from companion.evaluate import paired, predict, proportion
-from companion.plots import estimates, estimates_by_bits
+from companion.course.check import check
+from companion.course.figures import estimates, estimates_by_bits
+from companion.evaluation.estimates import paired, predict, proportion
 
 warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
 

@@ -44,13 +44,18 @@ from torch.utils.data import DataLoader
 
 import companion
 from companion import Estimate, fit, load_pretrained, load_task, perplexity
-from companion.check import check
-from companion.corpus import language_reference, ngrams
-from companion.language import DocumentLosses, as_perplexity, document_losses, loss_difference
-from companion.plots import bars, curves, estimates
-from companion.pretrain import train_tokenizer
-from companion.sources import load_tokenizer
-from companion.text import Trigram, encode, windows
+from companion.course.check import check
+from companion.course.corpus import language_reference, ngrams
+from companion.course.figures import bars, curves, estimates
+from companion.course.pretrain import train_tokenizer
+from companion.course.sources import load_tokenizer
+from companion.data.text import Trigram, encode, windows
+from companion.evaluation.language import (
+    DocumentLosses,
+    as_perplexity,
+    document_losses,
+    loss_difference,
+)
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # no bars are shown here
 

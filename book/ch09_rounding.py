@@ -59,12 +59,12 @@ from companion import (
     save_quantized,
     unpack,
 )  # fmt: skip
-from companion.activations import fake_quantize_activations
-from companion.check import check
-from companion.integers import to_groups
-from companion.language import as_perplexity, document_losses, loss_difference
-from companion.plots import bars, curves, heatmap
-from companion.sources import MINILM, find, load_tokenizer
+from companion.course.check import check
+from companion.course.figures import bars, curves, heatmap
+from companion.course.sources import MINILM, find, load_tokenizer
+from companion.evaluation.language import as_perplexity, document_losses, loss_difference
+from companion.numerics.activations import fake_quantize_activations
+from companion.numerics.affine import to_groups
 
 warnings.filterwarnings("ignore")  # upstream's int8 kernel announces its removal; see chapter 5
 

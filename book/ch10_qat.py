@@ -53,12 +53,17 @@ from companion import (
     recovery,
     save_quantized,
 )  # fmt: skip
-from companion.check import check
-from companion.corpus import language_reference
-from companion.evaluate import bootstrap
-from companion.language import DocumentLosses, as_perplexity, document_losses, loss_difference
-from companion.plots import curves, estimates
-from companion.sources import load_tokenizer
+from companion.course.check import check
+from companion.course.corpus import language_reference
+from companion.course.figures import curves, estimates
+from companion.course.sources import load_tokenizer
+from companion.evaluation.estimates import bootstrap
+from companion.evaluation.language import (
+    DocumentLosses,
+    as_perplexity,
+    document_losses,
+    loss_difference,
+)
 
 warnings.filterwarnings("ignore")
 generator = torch.Generator().manual_seed(0)

@@ -51,16 +51,16 @@ from companion import (
     load_task,
     prepare_qat,
 )
-from companion.arms import ARMS, lora
-from companion.check import check
-from companion.integers import to_groups
-from companion.language import document_losses
-from companion.losses import distillation_loss
-from companion.methods import LearnedStepSize, best_ratio, make_quantizer
-from companion.plots import bars, curves, estimates_by_bits, histogram
-from companion.ptq import round_with_compensation
-from companion.smooth import smooth
-from companion.tables import tabulate
+from companion.course.check import check
+from companion.course.figures import bars, curves, estimates_by_bits, histogram
+from companion.evaluation.language import document_losses
+from companion.numerics.affine import to_groups
+from companion.ptq.gptq import round_with_compensation
+from companion.ptq.smoothquant import smooth
+from companion.qat.ranges import LearnedStepSize, best_ratio, make_quantizer
+from companion.study.recipes import ARMS, lora
+from companion.study.tables import tabulate
+from companion.training.losses import distillation_loss
 
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
@@ -279,7 +279,7 @@ print("by hand = companion:", torch.allclose(by_hand, ours, rtol=1e-4))
 print("PyTorch = companion:", torch.allclose(theirs, ours, rtol=1e-4))
 
 # %% mystnb={"image": {"alt": "Probability of the five likeliest next tokens at one place in a text, by the float model and by the same model rounded to two bits. The rounded model spreads its probability differently over the same candidates."}}
-from companion.sources import load_tokenizer
+from companion.course.sources import load_tokenizer
 
 tokenizer = load_tokenizer("docs-lm")
 place = (0, 40)  # the forty-first token of the first row

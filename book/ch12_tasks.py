@@ -42,15 +42,15 @@ from companion import (
     fit,
     load_pretrained,
     load_task,
-    passages,
     prepare_qat,
 )
-from companion.baselines import bm25, tfidf, usual_tag
-from companion.check import check
-from companion.language import as_perplexity, document_losses, loss_difference
-from companion.metrics import METRICS, spans
-from companion.panels import Panel, panels
-from companion.tables import Results, scheme_name, worse
+from companion.course import passages
+from companion.course.baselines import bm25, tfidf, usual_tag
+from companion.course.check import check
+from companion.course.figures import Panel, panels
+from companion.evaluation.language import as_perplexity, document_losses, loss_difference
+from companion.evaluation.metrics import METRICS, spans
+from companion.study.tables import Results, scheme_name, worse
 
 warnings.filterwarnings("ignore")
 content = json.loads((Path("..") / "benchmarks" / "results" / "tasks.json").read_text())

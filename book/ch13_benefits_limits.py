@@ -49,12 +49,12 @@ from companion import (
     prepare_qat,
     recovery,
 )
-from companion.check import check
-from companion.evaluate import paired, predict
-from companion.language import DocumentLosses, document_losses, loss_difference
-from companion.plots import bars, curves, estimates, estimates_by_bits
-from companion.ptq import gptq
-from companion.stream import batches
+from companion.course.check import check
+from companion.course.figures import bars, curves, estimates, estimates_by_bits
+from companion.evaluation.estimates import paired, predict
+from companion.evaluation.language import DocumentLosses, document_losses, loss_difference
+from companion.ptq.gptq import gptq
+from companion.training.batches import batches
 
 warnings.filterwarnings("ignore")
 start = load_pretrained("docs-lm")

@@ -53,15 +53,15 @@ from companion import (
     model_bytes,
     prepare_qat,
 )
-from companion.activations import fake_quantize_activations
-from companion.check import check
-from companion.diagrams import bars_with_limits, byte_by_byte
-from companion.language import document_losses, loss_difference
-from companion.onnx_layers import pack_unsigned
-from companion.parity import parity, read_integers
-from companion.scheme import BLOCK8
-from companion.serving import OnnxModel
-from companion.sources import load_tokenizer
+from companion.course.check import check
+from companion.course.figures import bars_with_limits, byte_by_byte
+from companion.course.sources import load_tokenizer
+from companion.evaluation.language import document_losses, loss_difference
+from companion.formats.onnx.layers import pack_unsigned
+from companion.formats.onnx.model import OnnxModel
+from companion.formats.onnx.parity import parity, read_integers
+from companion.numerics.activations import fake_quantize_activations
+from companion.numerics.scheme import BLOCK8
 
 warnings.filterwarnings("ignore")
 task = load_task("language-reference", batch_size=4, block_size=128)

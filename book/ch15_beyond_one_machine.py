@@ -35,9 +35,9 @@ import pandas as pd
 import torch
 
 from companion import W4, load_pretrained, load_task, prepare_qat
-from companion.check import check
-from companion.diagrams import stacked_bars
-from companion.memory import training_memory
+from companion.course.check import check
+from companion.course.figures import stacked_bars
+from companion.training.memory import training_memory
 
 warnings.filterwarnings("ignore")
 torch.manual_seed(0)
@@ -192,8 +192,8 @@ import json, sys
 import peft, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from companion import W4, fit, prepare_qat
-from companion.arms import lora
-from companion.memory import PeakMemory
+from companion.study.recipes import lora
+from companion.training.memory import PeakMemory
 
 way = sys.argv[1]
 config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=12, vocab_size=1024,

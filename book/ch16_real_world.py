@@ -50,10 +50,10 @@ from companion import (
     prepare_qat,
     to_torchao,
 )
-from companion.check import check
-from companion.plots import bars
-from companion.serving import OnnxModel
-from companion.sources import load_tokenizer
+from companion.course.check import check
+from companion.course.figures import bars
+from companion.course.sources import load_tokenizer
+from companion.formats.onnx.model import OnnxModel
 
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
@@ -249,7 +249,7 @@ print(type(theirs.get_submodule(small.quantization.layers[0]).weight).__name__)
 # import lm_eval
 # from lm_eval.models.huggingface import HFLM
 # from companion import load_quantized
-# from companion.sources import load_tokenizer
+# from companion.course.sources import load_tokenizer
 #
 # model = load_quantized("my-model-w4")
 # lm = HFLM(pretrained=model, tokenizer=load_tokenizer("owner/model"), batch_size=8)

@@ -1,24 +1,50 @@
 """Quantization-aware fine-tuning in PyTorch: the package that the course builds and uses.
 
-The names below are the public interface; each is explained where the book builds it.
+The names below are the public interface; each is explained where the book builds it. They are
+imported when they are first used, so that ``import companion`` costs next to nothing and asks
+only for what is needed.
 """
 
-from companion.cost import latency, model_bytes
-from companion.evaluate import Estimate, accuracy
-from companion.export import export_onnx
-from companion.integers import choose_scale, dequantize, fake_quantize, pack, quantize, unpack
-from companion.language import perplexity, recovery
-from companion.models import load_pretrained
-from companion.packed import load_quantized, save_quantized
-from companion.qat import convert, prepare_qat
-from companion.scheme import W2, W3, W4, W4A8, W8, W8A8, Activations, QuantScheme
-from companion.study import compare
-from companion.tasks import load_task
-from companion.to_torchao import to_torchao
-from companion.train import fit
-from companion.wrapper import QuantWrapper
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from companion.classic.wrapper import QuantWrapper
+    from companion.course.models import load_pretrained
+    from companion.course.tasks import load_task
+    from companion.evaluation.cost import latency, model_bytes
+    from companion.evaluation.estimates import Estimate, accuracy
+    from companion.evaluation.language import perplexity, recovery
+    from companion.formats.onnx.export import export_onnx
+    from companion.formats.torchao import to_torchao
+    from companion.numerics.affine import choose_scale, dequantize, fake_quantize, quantize
+    from companion.numerics.packing import pack, unpack
+    from companion.numerics.scheme import W2, W3, W4, W4A8, W8, W8A8, Activations, QuantScheme
+    from companion.qat.prepare import convert, prepare_qat
+    from companion.qat.saved import load_quantized, save_quantized
+    from companion.study.compare import compare
+    from companion.training.fit import fit
+
+__version__ = "0.2.0"
+
+_HOME = {
+    "classic.wrapper": ("QuantWrapper",),
+    "course.models": ("load_pretrained",),
+    "course.tasks": ("load_task",),
+    "evaluation.cost": ("latency", "model_bytes"),
+    "evaluation.estimates": ("Estimate", "accuracy"),
+    "evaluation.language": ("perplexity", "recovery"),
+    "formats.onnx.export": ("export_onnx",),
+    "formats.torchao": ("to_torchao",),
+    "numerics.affine": ("choose_scale", "dequantize", "fake_quantize", "quantize"),
+    "numerics.packing": ("pack", "unpack"),
+    "numerics.scheme": ("W2", "W3", "W4", "W4A8", "W8", "W8A8", "Activations", "QuantScheme"),
+    "qat.prepare": ("convert", "prepare_qat"),
+    "qat.saved": ("load_quantized", "save_quantized"),
+    "study.compare": ("compare",),
+    "training.fit": ("fit",),
+}
+_MODULE = {name: f"companion.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "W2",
@@ -53,3 +79,16 @@ __all__ = [
     "to_torchao",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its room on first use."""
+    if name not in _MODULE:
+        raise AttributeError(f"module 'companion' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,5 @@
 """``python -m companion``."""
 
-from companion.cli import app
+from companion.cli import main
 
-app(prog_name="companion")
+main()

@@ -1,5 +1,10 @@
 """The package's own errors: each message says what went wrong and what to do about it."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SchemeError(ValueError):
     """A number format that cannot exist, such as nine-bit weights in an int8 container."""
@@ -47,3 +52,37 @@ class UnknownLayer(ValueError):
 
 class DamagedFile(RuntimeError):
     """A saved model whose bytes are not those that were written."""
+
+
+class MissingExtra(ImportError):
+    """A package that only some rooms of this one need is not installed."""
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Import what an optional part of the package needs, or say which line installs it.
+
+    Parameters
+    ----------
+    name : str
+        An extra of the wheel, such as ``"deploy"``.
+
+    Raises
+    ------
+    MissingExtra
+        Instead of an ImportError, with the pip line.
+
+    Examples
+    --------
+    >>> with extra("deploy"):
+    ...     import no_such_package
+    Traceback (most recent call last):
+    companion.errors.MissingExtra: no_such_package is missing: pip install 'companion[deploy]'
+    """
+    try:
+        yield
+    except MissingExtra:
+        raise
+    except ImportError as error:
+        missing = f"{error.name} is missing" if error.name else str(error)
+        raise MissingExtra(f"{missing}: pip install 'companion[{name}]'") from error

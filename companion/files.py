@@ -1,7 +1,4 @@
-"""Files that can be trusted: a cache folder, atomic writing, hashes.
-
-Below the floors of the house, beside the errors.
-"""
+"""Files that can be trusted: a cache folder, atomic writing, hashes."""
 
 from __future__ import annotations
 

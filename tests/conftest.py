@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from companion import W4, convert, load_pretrained, prepare_qat
-from companion.export import export_onnx
+from companion.formats.onnx.export import export_onnx
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,13 @@
-"""The house rules of the package: floors, size, public names, docstrings, security."""
+"""The house rules of the package: rooms and floors, public names, docstrings, security."""
 
 import ast
+import importlib
 import inspect
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,109 +16,59 @@ import companion
 
 PACKAGE = Path(companion.__file__).parent
 ROOT = PACKAGE.parent
-# A module may import only modules of lower floors.
-FLOORS = {
-    "errors": 0,
-    "files": 0,
-    "scheme": 1,
-    "checkpoint": 1,
-    "evaluate": 1,
-    "cost": 1,
-    "memory": 1,
-    "plots": 1,
-    "panels": 2,
-    "diagrams": 2,
-    "losses": 1,
-    "task": 1,
-    "smooth": 1,
-    "encoder": 1,
-    "corpus": 2,
-    "text": 2,
-    "sources": 2,
-    "integers": 2,
-    "images": 2,
-    "stream": 2,
-    "language": 2,
-    "eager": 2,
-    "processes": 2,
-    "train": 3,
-    "wrapper": 3,
-    "methods": 3,
-    "activations": 3,
-    "tables": 3,
-    "metrics": 3,
-    "passages": 3,
-    "examples": 3,
-    "data_sets": 3,
-    "tasks": 4,
-    "baselines": 4,
-    "layers": 4,
-    "doctor": 3,
-    "models": 5,
-    "onnx_layers": 5,
-    "pretrain": 6,
-    "survey": 5,
-    "qat": 6,
-    "packed": 7,
-    "ptq": 7,
-    "arms": 8,
-    "export": 8,
-    "to_torchao": 8,
-    "serving": 9,
-    "parity": 10,
-    "open": 10,
-    "bench": 10,
-    "finetune": 11,
-    "runs": 9,
-    "study": 10,
-    "exercises": 9,
-    "exercises_language": 10,
-    "check": 11,
-    "__init__": 12,
-    "cli": 13,
-    "__main__": 14,
-}
-MODULES = sorted(PACKAGE.glob("*.py"))
+ROOMS = ["classic", "cli", "course", "data", "evaluation", "formats", "numerics", "ptq", "qat",
+         "study", "training"]  # fmt: skip
+MODULES = sorted(PACKAGE.rglob("*.py"))
+BIN = Path(sys.executable).parent
 
 
-def imported(path: Path) -> set[str]:
-    """Names of the package's modules that a file imports at run time, wherever it does so."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
-    names = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("companion."):
-            names.add(node.module.split(".")[1])
-        elif isinstance(node, ast.ImportFrom) and node.module == "companion":
-            names.add("__init__")
-    return names
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
-def test_no_import_upward(path):
-    for name in imported(path):
-        assert FLOORS[name] < FLOORS[path.stem], f"{path.stem} imports {name}"
+def lint_imports(folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([BIN / "lint-imports", "--no-cache"], cwd=folder, capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
-def test_stated_floor_is_the_true_one(path):
-    stated = re.search(r"Floor (\d+)", ast.get_docstring(ast.parse(path.read_text())) or "")
-    assert stated is None or int(stated[1]) == FLOORS[path.stem]
+def test_the_package_consists_of_its_rooms():
+    """A file that lies flat beside them belongs into one."""
+    entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
+    flat = {"__init__.py", "__main__.py", "errors.py", "files.py", "py.typed"}
+    assert entries == {*ROOMS, *flat}
+    assert all((PACKAGE / room / "__init__.py").exists() for room in ROOMS)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
-def test_modules_are_short(path):
-    assert len(path.read_text().splitlines()) <= 300
+def test_no_import_upward():
+    run = lint_imports(ROOT)
+    assert run.returncode == 0, run.stdout
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_an_import_upward_is_found(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "companion", ignore=shutil.ignore_patterns("assets"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    file = tmp_path / "companion" / "numerics" / "affine.py"
+    file.write_text(file.read_text() + "\nfrom companion.qat.layers import Packed\n")
+    run = lint_imports(tmp_path)
+    assert run.returncode == 1
+    assert "companion.numerics.affine -> companion.qat.layers" in run.stdout
+
+
+def test_only_the_command_line_and_the_face_know_the_course():
+    """The face names it in strings, so the contract cannot see it; the text can."""
+    for path in MODULES:
+        if path.relative_to(PACKAGE).parts[0] not in ("course", "cli", "__init__.py"):
+            assert "companion.course" not in path.read_text(), path
+
+
+def test_the_public_interface_is_typed():
+    run = subprocess.run([BIN / "mypy"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout
+    used = (ROOT / "tests" / "typed_use.py").read_text()
+    assert not [name for name in companion.__all__ if not re.search(rf"\bc\.{name}\b", used)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_no_pickle(path):
     source = path.read_text()
     assert not re.search(
@@ -128,15 +81,13 @@ def test_no_pickle(path):
 
 def public_objects():
     for path in MODULES:
-        if path.stem in ("__init__", "__main__", "cli", "errors"):
+        if path.name in ("__init__.py", "__main__.py", "app.py", "errors.py"):
             continue
-        module = sys.modules.get(f"companion.{path.stem}") or __import__(
-            f"companion.{path.stem}", fromlist=["_"]
-        )
+        module = importlib.import_module(name_of(path))
         for name, value in vars(module).items():
             mine = getattr(value, "__module__", "") == module.__name__
             if mine and not name.startswith("_") and (inspect.isclass(value) or callable(value)):
-                yield pytest.param(value, id=f"{path.stem}.{name}")
+                yield pytest.param(value, id=f"{name_of(path)}.{name}")
 
 
 @pytest.mark.parametrize("thing", public_objects())
@@ -150,34 +101,58 @@ def test_public_names_say_their_purpose_in_one_line(thing):
 def test_interface_is_documented_with_an_example(name):
     thing = getattr(companion, name)
     if not callable(thing):  # presets carry their line in scheme.py
-        assert f"{name} = QuantScheme(" in (PACKAGE / "scheme.py").read_text()
+        assert f"{name} = QuantScheme(" in (PACKAGE / "numerics" / "scheme.py").read_text()
         return
     documentation = inspect.getdoc(thing)
     assert ">>> " in documentation
     assert name == "Estimate" or "Parameters\n---" in documentation
 
 
+HEAVY = """
+import sys
+import companion
+import companion.qat.prepare, companion.training.fit, companion.evaluation.language
+import companion.qat.saved, companion.ptq.gptq
+tops = {name.split(".")[0] for name in sys.modules}
+print(*sorted(tops & set(OTHERS)))
+"""
+
+
 def test_import_is_light():
-    """Neither torchvision nor scikit-learn nor matplotlib is needed until it is used."""
-    code = "import sys, companion; print([m for m in ('torchvision', 'sklearn', 'matplotlib', " \
-        "'transformers', 'onnx') if m in sys.modules])"  # fmt: skip
+    """What prepares, trains, converts, saves and measures needs no more than the wheel's four."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.split("[><=]", line)[0] for line in project["dependencies"]]
+    assert names == ["torch", "numpy", "safetensors", "tqdm"]
+    others = ["torchvision", "sklearn", "scipy", "matplotlib", "transformers", "datasets",
+              "pandas", "onnx", "onnxruntime", "accelerate", "psutil", "typer", "peft",
+              "torchao"]  # fmt: skip
+    code = HEAVY.replace("OTHERS", repr(others))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert run.stdout.strip() == ""
 
 
-def test_every_module_has_its_test_file():
+def test_the_face_alone_imports_nothing():
+    code = "import sys, companion; print('torch' in sys.modules, len(dir(companion)) > 30)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "True"]
+
+
+def test_every_extra_that_a_message_names_exists():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = set(project["optional-dependencies"])
     for path in MODULES:
-        if path.stem not in (
-            "__init__",
-            "__main__",
-            "errors",
-            "checkpoint",
-            "eager",
-            "exercises",
-            "exercises_language",
-            "task",
-        ):
-            assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), path.stem
+        named = re.findall(r"extra\(\"(\w+)\"\)|companion\[([\w,]+)\]", path.read_text())
+        for one, several in named:
+            assert set((one or several).split(",")) <= known, path
+
+
+def test_tests_mirror_the_rooms():
+    """A file of a room has its tests at the same place below tests/."""
+    without = {"checkpoint", "eager", "task", "classic_road", "language_models", "packing", "lora"}
+    for path in MODULES:
+        inside = path.relative_to(PACKAGE)
+        if len(inside.parts) > 1 and path.stem not in {"__init__", *without}:
+            assert (ROOT / "tests" / inside.parent / f"test_{path.name}").exists(), inside
 
 
 def test_pins_are_exact_and_cover_what_is_imported():

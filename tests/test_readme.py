@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from companion import load_pretrained, load_quantized
-from companion.cli import app
+from companion.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

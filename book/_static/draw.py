@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Polygon, Rectangle
 
-from companion.evaluate import proportion
-from companion.plots import estimates_by_bits
+from companion.course.figures import estimates_by_bits
+from companion.evaluation.estimates import proportion
 
 HERE = Path(__file__).parent
 GOLD, DARK, GREEN, PALE = "#E9B949", "#8A6410", "#2E7D5B", "#DDEFE6"

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 
 import companion
-from companion.sources import quiet_transformers
+from companion.course.sources import quiet_transformers
 from tests.book.notebooks import BOOK
 
 PAGE = BOOK / "torchao_mapping.md"

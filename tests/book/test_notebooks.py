@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import yaml
 
-from companion.check import EXERCISES
+from companion.course.check import EXERCISES
 from tests.book.notebooks import BOOK, from_source, sources
 
 PAIRS = sources()

@@ -1,0 +1,1 @@
+"""The eager road of ``torch.ao.quantization``, for convolutional nets."""

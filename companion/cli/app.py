@@ -1,0 +1,222 @@
+"""The command line: ``companion`` or ``python -m companion``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from companion.cli.doctor import checks
+
+app = typer.Typer(
+    help="Quantization-aware fine-tuning in PyTorch: the companion of the course.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(
+    help="docs-lm, a Hub id, a folder with a model, or a file from `companion export`.")]  # fmt: skip
+TaskName = Annotated[str, typer.Option("--task", help="A task of the course, or a text, JSON, CSV "
+                                       "or Parquet file of your own.")]  # fmt: skip
+
+
+@contextmanager
+def one_line(command: str) -> Iterator[None]:
+    """Turn an error of the user's into one line on stderr and exit code 1."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(f"{command}: {reason}", err=True)
+        raise typer.Exit(code=1) from None
+
+
+@app.command()
+def finetune(
+    model: Model = "docs-lm",
+    task: TaskName = "language-reference",
+    scheme: Annotated[list[str], typer.Option(
+        help="W4, W3, W2 (groups of 32), W4-g64, W2-row, W4A8, W8A8; may be repeated.")] = ["W4", "W2"],  # noqa: B006
+    method: Annotated[list[str], typer.Option(
+        help="default, lsq, mse, absmax, lora, gptq, ...; may be repeated.")] = ["default"],  # noqa: B006
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every arm.")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every arm.")] = 1,
+    lr: Annotated[list[float], typer.Option(
+        help="Learning rate; repeated, each is tried on validation.")] = [1e-3],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for the results and models.")] = Path("finetuned"),
+) -> None:  # fmt: skip
+    """Fine-tune in floating point and under rounding, with equal steps, and compare.
+
+    Prints the float control, the control rounded to nearest and the quantized model, with 95 %
+    intervals. The folder receives results.json and the quantized models. Interrupted, the same
+    command goes on after the last finished run.
+
+    Examples:
+
+      companion finetune
+
+      companion finetune docs-lm --task notes.txt --scheme W2-row --steps 200 --out notes
+
+      companion finetune sentence-transformers/all-MiniLM-L6-v2 --task topics --method lsq
+    """
+    with one_line("finetune"):
+        from companion.cli.finetune import RESULTS, report
+        from companion.cli.finetune import finetune as run
+        from companion.numerics.scheme import parse_scheme
+
+        schemes = [parse_scheme(name) for name in scheme]
+        table = run(model, task, schemes, method, folder=out, steps=steps, seeds=seeds, rates=lr,
+                    batch_size=batch_size)  # fmt: skip
+    typer.echo(report(table.attrs["runs"]))
+    typer.echo(f"written to {out}: {RESULTS} and the quantized models")
+
+
+@app.command()
+def evaluate(
+    model: Model = "docs-lm",
+    task: TaskName = "language-reference",
+) -> None:
+    """Measure a model on the test split of a task, with its 95 % interval.
+
+    Example: companion evaluate finetuned/W2-g32-default
+    """
+    with one_line("evaluate"):
+        from companion.cli.stages import open_model, open_tokenizer
+        from companion.course.tasks import load_task
+        from companion.evaluation.metrics import METRICS
+
+        data = load_task(task, tokenizer=open_tokenizer(model))
+        measured = METRICS[data.metric].measure(open_model(model), data)
+    typer.echo(f"{data.metric}: {measured.scores.estimate()}")
+    for name, estimate in measured.also.items():
+        typer.echo(f"{name}: {estimate}")
+
+
+@app.command()
+def export(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="What to write, such as served/model.onnx.")],
+    accuracy_level: Annotated[int, typer.Option(
+        min=0, max=4, help="0 computes in float32, 4 rounds inputs to 8 bits: faster tokens, slower prompts.")] = 4,
+) -> None:  # fmt: skip
+    """Write a quantized model as an ONNX file, with its tokenizer beside it.
+
+    The integers in the file are those that were trained.
+
+    Example: companion export finetuned/W4-g32-default served/model.onnx
+    """
+    with one_line("export"):
+        from companion.cli.stages import is_quantized, open_model, open_tokenizer
+        from companion.errors import WrongStage
+        from companion.formats.onnx.export import export_onnx
+
+        if not is_quantized(model):
+            raise WrongStage(f"{model} is no folder with a quantized model: finetune makes one")
+        export_onnx(open_model(model), file, accuracy_level=accuracy_level)
+        open_tokenizer(model).save_pretrained(file.parent)
+    typer.echo(f"written to {file}: {file.stat().st_size / 1e6:.2f} MB")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The beginning of the text.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 60,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: int = 0,
+) -> None:
+    """Let an exported language model go on with a text, as fast as it comes.
+
+    Example: companion generate served/model.onnx "The for statement"
+    """
+    with one_line("generate"):
+        from companion.cli.stages import open_tokenizer
+        from companion.formats.onnx.model import OnnxModel
+
+        served = OnnxModel(model)
+        tokenizer = open_tokenizer(model)
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        typer.echo(prompt, nl=False)
+        told, shown = [], ""
+        for token in served.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature,
+                                     seed=seed):  # fmt: skip
+            told.append(token)
+            text = tokenizer.decode(told, skip_special_tokens=True)
+            typer.echo(text[len(shown) :], nl=False)
+            shown = text
+    typer.echo()
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(
+        help="Language models as in evaluate; the first is the one that the others are compared to.")],
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens that are read at once.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+) -> None:  # fmt: skip
+    """Time language models side by side: reading a prompt, and going on with it.
+
+    Example: companion bench docs-lm served/model.onnx
+    """
+    with one_line("bench"):
+        from companion.cli.bench import speeds
+        from companion.cli.stages import open_model
+
+        found = speeds({name: open_model(name) for name in models}, prompt=prompt, tokens=tokens,
+                       rounds=rounds)  # fmt: skip
+    first = found[models[0]]
+    for name, ms in found.items():
+        ratio = {phase: first[phase] / ms[phase] for phase in ms}
+        typer.echo(f"{name}: prompt {ms['prefill']:.1f} ms ({ratio['prefill']:.1f}x), "
+                   f"token {ms['decode']:.2f} ms ({ratio['decode']:.1f}x)")  # fmt: skip
+
+
+@app.command()
+def doctor(
+    network: bool = typer.Option(True, help="Also try to reach the sources of weights."),
+) -> None:
+    """Check this machine: versions, threads, quantized engines, sources of weights.
+
+    One OK or FAIL line each. The exit code is 1 only if something required fails; sources
+    that cannot be reached have a stand-in, and are marked optional.
+
+    Example: python -m companion doctor --no-network
+    """
+    failed = False
+    for what, passed, detail, required in checks(network):
+        mark = "OK  " if passed else "FAIL"
+        typer.echo(f"{mark} {what}: {detail}{'' if required or passed else ' (optional)'}")
+        failed |= required and not passed
+    raise typer.Exit(code=int(failed))
+
+
+@app.command()
+def pretrain(
+    folder: Annotated[Path, typer.Argument(help="Where the model is written.")] = Path("docs-lm"),
+    steps: int = typer.Option(6000, min=1, help="Optimizer steps."),
+    batch_size: int = typer.Option(8, min=1, help="Rows of 256 tokens in a step."),
+    seed: int = typer.Option(0, help="Decides the weights drawn and the order of the data."),
+    bfloat16: bool = typer.Option(False, help="Mixed precision, faster on CPUs that have it."),
+) -> None:
+    """Pre-train docs-lm, the small language model of the course, and write it with its card.
+
+    Reads the docstrings of the installed packages; takes about half an hour on two cores.
+    Interrupted, the same command goes on from the last checkpoint.
+
+    Example: python -m companion pretrain my-docs-lm --steps 500
+    """
+    with one_line("pretrain"):
+        from companion.course.pretrain import pretrain as run
+
+        report = run(folder, steps=steps, batch_size=batch_size, seed=seed, bfloat16=bfloat16)
+    test, trigram = report["test_perplexity"], report["trigram_perplexity"]
+    typer.echo(f"held-out perplexity {test['value']:.2f}, of a trigram {trigram['value']:.2f}")
+    typer.echo(f"written to {folder}: model, tokenizer, README.md with the curve")

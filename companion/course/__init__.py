@@ -1,0 +1,1 @@
+"""What only the book needs: its models, tasks, figures and exercises."""

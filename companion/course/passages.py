@@ -1,0 +1,255 @@
+"""Examples whose labels real authors wrote, cut from the docstrings of installed packages.
+
+Each function returns plain Python values for the three splits of the corpus, which were made by
+source file: no text of a held-out file is trained on. Built in chapter 12.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from companion.course.corpus import Corpus, docstrings
+from companion.data.text import CHOICES
+
+LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn", "sympy", "torch",
+             "transformers")  # fmt: skip
+"""Classes of the task "topics": the packages with enough held-out docstrings."""
+BODIES = 1000
+"""Among so many bodies a summary line has to find its own."""
+PARTS = ("train", "validation", "test")
+_NAMES = re.compile(
+    r"matplotlib|pyplot|\bplt\b|\bmpl|networkx|\bnx\b|numpy|\bnp\b|pandas|\bpd\b|scipy|"
+    r"scikit-learn|scikit|sklearn|sympy|py ?torch|torch|hugging ?face|transformers",
+    re.IGNORECASE,
+)
+_MARKED = re.compile(r"(?::[\w:]+:)?(`{1,2})(?=\S)([^`\n]+?)(?<=\S)\1(?!`)")
+
+
+class Topic(NamedTuple):
+    """A passage and the package that it describes, as an index into `LIBRARIES`."""
+
+    text: str
+    label: int
+
+
+class Pair(NamedTuple):
+    """A summary line and the body of the same docstring; without summary, a body among others."""
+
+    summary: str | None
+    body: str
+
+
+class Tagged(NamedTuple):
+    """Words, and for each of them "O", "B-code" (a mark begins) or "I-code" (it goes on)."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+class Question(NamedTuple):
+    """A beginning and four ways to go on, the true one first."""
+
+    context: str
+    choices: tuple[str, ...]
+
+
+@cache
+def topics(per_class: int = 20) -> dict[str, tuple[Topic, ...]]:
+    """Beginnings of docstrings, without the names that would give their library away.
+
+    Parameters
+    ----------
+    per_class : int
+        Passages of each library to train on.
+
+    Returns
+    -------
+    dict of str to tuple of Topic
+        Thirty passages of each library for validation, at most a hundred for test.
+
+    Examples
+    --------
+    >>> example = topics()["test"][0]
+    >>> LIBRARIES[example.label], len(example.text.split()) <= 20
+    ('matplotlib', True)
+    """
+    corpus = docstrings(progress=False)
+    rng = np.random.RandomState(0)  # legacy stream: frozen for good
+    sizes = {"train": per_class, "validation": 30, "test": 100}
+    parts, read = {}, set()
+    for part, size in sizes.items():
+        passages = np.array([_passage(document) for document in getattr(corpus, part)])
+        packages = np.array(corpus.packages[part])
+        whole = np.array([len(text.split()) >= 8 and text not in read for text in passages])
+        read.update(passages)  # what a held-out passage must not repeat
+        parts[part] = tuple(
+            Topic(str(passages[row]), label)
+            for label, package in enumerate(LIBRARIES)
+            for row in rng.permutation(np.flatnonzero(whole & (packages == package)))[:size]
+        )
+    return parts
+
+
+@cache
+def summaries(pairs: int = 2000) -> dict[str, tuple[Pair, ...]]:
+    """Summary lines, each with the beginning of the body that belongs to it.
+
+    Parameters
+    ----------
+    pairs : int
+        To train on.
+
+    Returns
+    -------
+    dict of str to tuple of Pair
+        The test split holds `BODIES` different bodies; those that come from elsewhere than
+        the held-out files have no summary: they stand in the way, and are not asked for.
+
+    Examples
+    --------
+    >>> test = summaries()["test"]
+    >>> len(test), len({pair.body for pair in test})
+    (1000, 1000)
+    """
+    corpus = docstrings(progress=False)
+    found = _distinct(corpus, _pair, lambda pair: pair)
+    train = _drawn(found["train"], pairs + BODIES)
+    others = [Pair(None, body) for _, body in (*found["validation"], *train[pairs:])]
+    test = (*found["test"], *others)[:BODIES]
+    validation = _drawn(found["validation"], 128)
+    return {"train": train[:pairs], "validation": validation, "test": tuple(test)}
+
+
+@cache
+def code_words(passages: int = 1000, held_out: int = 500) -> dict[str, tuple[Tagged, ...]]:
+    """Prose whose authors marked some words as code, the marks taken away.
+
+    Parameters
+    ----------
+    passages : int
+        To train on.
+    held_out : int
+        At most so many for test, and a fifth of that for validation.
+
+    Examples
+    --------
+    >>> passage = code_words()["test"][0]
+    >>> len(passage.words) == len(passage.tags), "B-code" in passage.tags
+    (True, True)
+    """
+    corpus = docstrings(progress=False)
+    found = _distinct(corpus, _tagged, lambda tagged: [" ".join(tagged.words)])
+    sizes = {"train": passages, "validation": held_out // 5, "test": held_out}
+    return {part: _drawn(found[part], size) for part, size in sizes.items()}
+
+
+@cache
+def continuations(questions: int = 1000) -> dict[str, tuple[Question, ...]]:
+    """Beginnings of docstrings, each with its true continuation and three of the same package.
+
+    Parameters
+    ----------
+    questions : int
+        At most so many for each held-out split; the training split has none.
+
+    Examples
+    --------
+    >>> question = continuations()["test"][0]
+    >>> len(question.choices), len(set(question.choices))
+    (4, 4)
+    """
+    corpus = docstrings(progress=False)
+    parts = {}
+    for part in ("validation", "test"):
+        rng = np.random.RandomState(0)
+        cut = [_cut(document) for document in getattr(corpus, part)]
+        packages = np.array(corpus.packages[part])
+        long = np.array([piece is not None for piece in cut])
+        made = []
+        for row in rng.permutation(np.flatnonzero(long)):
+            kind = np.flatnonzero(long & (packages == packages[row]))
+            others = {cut[other][1] for other in kind} - {cut[row][1]}
+            if len(others) >= CHOICES - 1:
+                wrong = rng.permutation(sorted(others))[: CHOICES - 1]
+                made.append(Question(cut[row][0], (cut[row][1], *map(str, wrong))))
+        parts[part] = tuple(made[:questions])
+    return parts
+
+
+def _passage(document: str) -> str:
+    """Twenty words without what names a library; a rule of = signs under a title is no word."""
+    words = _NAMES.sub("library", document[:500]).split()
+    return " ".join([word for word in words if re.search(r"\w", word)][:20])
+
+
+def _pair(document: str) -> Iterable[Pair]:
+    """The summary line (a whole paragraph of 5 to 30 words), and 20 words of what follows it."""
+    paragraphs = re.split(r"\n\s*\n", document.strip(), maxsplit=1)
+    if len(paragraphs) == 2:
+        summary, body = (text.split() for text in paragraphs)
+        if 5 <= len(summary) <= 30 and len(body) >= 20:
+            yield Pair(" ".join(summary), " ".join(body[:20]))
+
+
+def _tagged(document: str) -> Iterable[Tagged]:
+    """The paragraphs of prose in which something, but not most, is marked as code."""
+    for paragraph in re.split(r"\n\s*\n", document):
+        if re.search(r">>>|^\s*[-=~*.|+]|::", paragraph, flags=re.M):
+            continue  # examples, headings, lists, tables, directives
+        words, tags = _without_marks(" ".join(paragraph.split()))
+        words, tags = words[:32], tags[:32]
+        marked = sum(tag != "O" for tag in tags)
+        if len(words) >= 8 and 0 < marked <= len(words) / 2 and not any("`" in w for w in words):
+            yield Tagged(words, tags)
+
+
+def _without_marks(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Take backticks and roles away, and remember which words stood in them."""
+    plain, marks, position = "", [], 0
+    for match in _MARKED.finditer(text):
+        plain += text[position : match.start()]
+        inner = re.sub(r"\s*<[^>]*>$", "", match[2]).lstrip("~!")  # `text <target>`, ~short
+        marks.append((len(plain), len(plain) + len(inner)))
+        plain, position = plain + inner, match.end()
+    plain += text[position:]
+    words, tags = [], []
+    for match in re.finditer(r"\S+", plain):
+        mark = next((m for m in marks if m[0] < match.end() and match.start() < m[1]), None)
+        words.append(match[0])
+        begins = mark is None or not tags or match.start() <= mark[0]
+        tags.append("O" if mark is None else "B-code" if begins else "I-code")
+    return tuple(words), tuple(tags)
+
+
+def _cut(document: str) -> tuple[str, str] | None:
+    """24 words, and the 4 that follow; a longer way on would tell less of whether they fit."""
+    words = document.split()
+    return (" ".join(words[:24]), " ".join(words[24:28])) if len(words) >= 28 else None
+
+
+def _distinct(
+    corpus: Corpus, make: Callable[[str], Iterable[Any]], texts: Callable[[Any], Iterable[str]]
+) -> dict[str, tuple]:
+    """Make examples of every document; each text occurs once, in the first split that has it."""
+    seen: set[str] = set()
+    parts = {}
+    for part in PARTS:
+        kept = []
+        for document in getattr(corpus, part):
+            for example in make(document):
+                if not seen & set(texts(example)):
+                    seen.update(texts(example))
+                    kept.append(example)
+        parts[part] = tuple(kept)
+    return parts
+
+
+def _drawn(examples: tuple, number: int) -> tuple:
+    """A fixed random choice."""
+    order = np.random.RandomState(0).permutation(len(examples))[:number]
+    return tuple(examples[row] for row in order)

@@ -1,0 +1,1 @@
+"""From files, data sets and texts to tasks: batches that train and measure."""

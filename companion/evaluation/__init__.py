@@ -1,0 +1,1 @@
+"""Numbers with intervals: losses, accuracies, metrics, bytes and time."""

@@ -1,0 +1,1 @@
+"""Ways out: the integers that were trained, in the formats that are served."""

@@ -1,0 +1,1 @@
+"""ONNX: export, layers, the served model, and whether it computes the same."""

@@ -1,0 +1,1 @@
+"""What the integers are: schemes, scales, rounding, packing. It knows no model."""

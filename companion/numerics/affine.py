@@ -1,0 +1,236 @@
+"""The affine grid by formula: choose a scale, round to integers, come back, learn through it.
+
+Every function treats the **last dimension as one group**: ``x`` has shape ``(..., n)``, its
+scale ``(..., 1)``. Per-tensor, per-channel, per-group: three views (`to_groups`). built in chapters 4, 6 and 9.
+
+References
+----------
+Jacob et al., "Quantization and training of neural networks for efficient
+integer-arithmetic-only inference", CVPR 2018 (the affine grid).
+Bengio, Léonard and Courville, "Estimating or propagating gradients through stochastic
+neurons", 2013 (the straight-through estimator).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from companion.errors import SchemeError
+from companion.numerics.scheme import integer_range
+
+_SMALLEST_SCALE = torch.finfo(torch.float32).eps  # an all-zero group still needs a divisor
+
+
+def to_groups(x: Tensor, group_size: int | None = None) -> Tensor:
+    """View a weight so that its last dimension is one group.
+
+    Parameters
+    ----------
+    x : Tensor, shape (rows, ...)
+        A weight matrix, or a convolution's kernel whose rows are output channels.
+    group_size : int, optional
+        Neighbours along a row that share a scale; None keeps the whole row.
+
+    Returns
+    -------
+    Tensor, shape (rows, groups, group_size)
+
+    Raises
+    ------
+    SchemeError
+        If `group_size` does not divide the row, with the sizes that do.
+
+    Examples
+    --------
+    >>> to_groups(torch.zeros(8, 64), 32).shape
+    torch.Size([8, 2, 32])
+    >>> to_groups(torch.zeros(16, 3, 3, 3)).shape
+    torch.Size([16, 1, 27])
+    """
+    rows = x.flatten(1)
+    size = rows.shape[1] if group_size is None else group_size
+    if rows.shape[1] % size:
+        fits = [s for s in range(1, rows.shape[1] + 1) if rows.shape[1] % s == 0]
+        raise SchemeError(
+            f"group_size {size} does not divide a row of {rows.shape[1]} weights; it could be "
+            f"{', '.join(map(str, fits[-6:]))}, or None for one scale per row"
+        )
+    return rows.unflatten(1, (-1, size))
+
+
+def choose_scale(
+    x: Tensor,
+    bits: int = 8,
+    *,
+    signed: bool = True,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Choose the step between neighbouring integers so that the grid spans each group.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., n), floating point
+        Values to be covered; each row of n values gets its own scale.
+    bits : int
+        Width of the integers, 2 to 8.
+    signed : bool
+        Integers from ``-2**(bits-1)`` when True, from 0 when False.
+    symmetric : bool
+        True: zero sits on integer 0 and the larger side decides. False: the grid runs from
+        the smallest to the largest value (0 always included) and the zero point moves.
+    scale_dtype : torch.dtype
+        Precision the scale is rounded to; it is computed in float32.
+
+    Returns
+    -------
+    scale : Tensor, shape (..., 1), `scale_dtype`
+        Distance between two neighbouring grid points.
+    zero_point : Tensor, shape (..., 1), int32
+        The integer that stands for 0.0.
+
+    Examples
+    --------
+    >>> scale, zero_point = choose_scale(torch.tensor([-1.0, 0.5, 3.0]), bits=2)
+    >>> scale, zero_point
+    (tensor([2.]), tensor([0], dtype=torch.int32))
+    >>> choose_scale(torch.tensor([-1.0, 0.5, 3.0]), bits=2, symmetric=False)[1]
+    tensor([-1], dtype=torch.int32)
+    """
+    if symmetric and not signed:
+        raise SchemeError("a symmetric grid needs signed integers: pass signed=True")
+    qmin, qmax = integer_range(bits, signed)
+    x = x.detach().float()
+    if symmetric:
+        scale = x.abs().amax(-1, keepdim=True) / ((qmax - qmin) / 2)
+        scale = scale.clamp(min=_SMALLEST_SCALE).to(scale_dtype)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / (qmax - qmin)).clamp(min=_SMALLEST_SCALE).to(scale_dtype)
+    zero_point = (qmin - (low / scale.float()).round()).clamp(qmin, qmax)
+    return scale, zero_point.to(torch.int32)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | int = 0, bits: int = 8, *, signed: bool = True
+) -> Tensor:
+    """Round to the nearest integer of the grid: ``clip(round(x * (1 / scale)) + zero_point)``.
+
+    PyTorch's kernels multiply too: a division would move values that sit on a tie.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., n), floating point
+    scale : Tensor, shape (..., 1) or broadcastable
+    zero_point : Tensor or int
+    bits : int
+        Width of the integers, 2 to 8.
+    signed : bool
+        As in `choose_scale`.
+
+    Returns
+    -------
+    Tensor, shape of `x`, int8 (uint8 if not `signed`)
+
+    Examples
+    --------
+    >>> quantize(torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([2.0]), bits=2)
+    tensor([0, 0, 1], dtype=torch.int8)
+    """
+    rounded = _round(x, scale, zero_point)
+    return rounded.clamp(*integer_range(bits, signed)).to(torch.int8 if signed else torch.uint8)
+
+
+def dequantize(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return from integers to values: ``(q - zero_point) * scale``, computed in float32.
+
+    Parameters
+    ----------
+    q : Tensor, integer, shape (..., n)
+    scale, zero_point : Tensor, shape (..., 1)
+    dtype : torch.dtype
+        Type of the result.
+
+    Returns
+    -------
+    Tensor, shape of `q`, `dtype`
+
+    Examples
+    --------
+    >>> dequantize(torch.tensor([0, 0, 1], dtype=torch.int8), torch.tensor([2.0]))
+    tensor([0., 0., 2.])
+    """
+    return ((q.float() - zero_point) * scale.float()).to(dtype)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | int = 0, bits: int = 8, *, signed: bool = True
+) -> Tensor:
+    """Round to the grid but stay in floating point, with a gradient that flows straight through.
+
+    Forward, it equals ``dequantize(quantize(x))`` bit for bit. Backward, the rounding is
+    treated as the identity: the gradient is 1 where the rounded value lies inside the integer
+    range, its ends included, and 0 where it was clipped. Both match
+    ``torch.fake_quantize_per_tensor_affine`` and ``..._per_channel_affine``.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., n), floating point
+    scale, zero_point : Tensor, shape (..., 1)
+        From `choose_scale`; they receive no gradient here.
+    bits : int
+        Width of the integers, 2 to 8.
+    signed : bool
+        As in `choose_scale`.
+
+    Returns
+    -------
+    Tensor, shape and dtype of `x`
+
+    Examples
+    --------
+    >>> x = torch.tensor([-1.0, 0.5, 9.0], requires_grad=True)
+    >>> y = fake_quantize(x, torch.tensor([2.0]), bits=2)
+    >>> y.detach()
+    tensor([0., 0., 2.])
+    >>> y.sum().backward(); x.grad
+    tensor([1., 1., 0.])
+    """
+    return fake_quantize_between(x, scale, zero_point, *integer_range(bits, signed))
+
+
+def fake_quantize_between(
+    x: Tensor, scale: Tensor, zero_point: Tensor | int, qmin: int, qmax: int
+) -> Tensor:
+    """Fake-quantize to any range of integers, such as the 0 to 127 of fast int8 kernels."""
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
+
+
+def _round(x: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
+    rounded = torch.mul(x.float(), 1.0 / scale.float()).round_()
+    return rounded if isinstance(zero_point, int) and zero_point == 0 else rounded.add_(zero_point)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, qmin, qmax):
+        rounded = _round(x, scale, zero_point)
+        clipped = rounded.clamp(qmin, qmax)
+        if ctx.needs_input_grad[0]:
+            # Whole steps outside the range, cut at one, mark what was clipped. In place and
+            # without a comparison, both of which CPUs reward.
+            ctx.save_for_backward(rounded.sub_(clipped).abs_().clamp_(max=1).neg_().add_(1))
+        if not isinstance(zero_point, int) or zero_point:
+            clipped.sub_(zero_point)
+        return clipped.mul_(scale.float()).add_(0.0).to(x.dtype)  # -0.0 becomes 0.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inside,) = ctx.saved_tensors
+        return (grad * inside).to(grad.dtype), None, None, None, None

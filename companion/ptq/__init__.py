@@ -1,0 +1,1 @@
+"""Post-training quantization: what calibration alone can do."""

@@ -1,0 +1,191 @@
+"""Post-training baselines: what can be had from calibration alone, without a training loop.
+
+Rounding to nearest is ``convert(prepare_qat(model, scheme, "absmax"))``, with method "mse" for a searched
+range; `smooth` shares outliers with the weights first; here is the one that looks at data while
+it rounds. Built in chapter 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby, islice
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from companion.errors import EmptyLoader, NothingToQuantize
+from companion.numerics.activations import fake_quantize_activations
+from companion.numerics.affine import dequantize, quantize
+from companion.numerics.scheme import QuantScheme
+from companion.ptq.smoothquant import run
+from companion.qat.layers import FakeQuantConv1D, FakeQuantLinear
+from companion.qat.prepare import prepare_qat
+from companion.qat.ranges import LearnedStepSize
+
+COLUMNS = 128  # columns whose errors are gathered before the rest of a row is corrected
+
+
+@torch.no_grad()
+def gptq(
+    model: nn.Module,
+    scheme: QuantScheme,
+    loader: Iterable,
+    *,
+    batches: int = 16,
+    damping: float = 0.01,
+    skip: Iterable[str] = (),
+    progress: bool = True,
+) -> nn.Module:
+    """Round column by column, and let the columns still to come make up for each error.
+
+    Returns a prepared model whose weights lie on their grid: `convert` it, or train on from
+    there with `fit`. Blocks of a model are rounded in order, each on inputs that come out of
+    the rounded blocks before it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Float; left as it is.
+    scheme : QuantScheme
+    loader : iterable of batches
+        Calibration data, as for `fit`; labels are not looked at.
+    batches : int
+        How many batches of it to use.
+    damping : float
+        Share of the mean of the Hessian's diagonal that is added to it.
+    skip : iterable of str
+        As in `prepare_qat`. Embeddings and the output layers tied to them stay float.
+    progress : bool
+
+    Returns
+    -------
+    nn.Module
+
+    References
+    ----------
+    Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained
+    transformers", ICLR 2023.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(64, 8))
+    >>> x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    >>> rounded = gptq(model, QuantScheme(2), [(x, None)], progress=False)
+    >>> nearest = prepare_qat(model, QuantScheme(2), "mse")
+    >>> error = [float((m(x) - model(x)).square().mean()) for m in (rounded, nearest)]
+    >>> error[0] < error[1]
+    True
+    """
+    calibration = list(islice(loader, batches))
+    if not calibration:
+        raise EmptyLoader("the loader gave no batch to calibrate on: is the data set empty?")
+    prepared = prepare_qat(model, scheme, LearnedStepSize, skip=skip).eval()
+    prepared.quantization.method = "gptq"
+    blocks = [list(names) for _, names in groupby(prepared.quantization.layers, _block_of)]
+    for names in tqdm(blocks, desc="gptq", leave=False, **({} if progress else {"disable": True})):
+        layers = [prepared.get_submodule(name) for name in names]
+        for layer, hessian in zip(layers, _hessians(prepared, layers, calibration), strict=True):
+            integers, scale = round_with_compensation(layer.matrix, hessian, scheme, damping)
+            groups = layer.quantizer.groups(integers)
+            values = dequantize(groups, scale[..., None]).view_as(integers)
+            layer.quantizer.start_at(scale[..., None])
+            transposed = isinstance(layer, FakeQuantConv1D)
+            layer.weight.copy_(values.t() if transposed else values)
+    return prepared.train(model.training)
+
+
+def round_with_compensation(
+    weight: Tensor, hessian: Tensor, scheme: QuantScheme, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Choose integers and scales of one layer that keep its outputs close, not its weights.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (rows, columns)
+    hessian : Tensor, shape (columns, columns)
+        Mean of x x^T over the layer's inputs.
+    scheme : QuantScheme
+    damping : float
+
+    Returns
+    -------
+    integers : Tensor, shape (rows, columns), int8
+    scale : Tensor, shape (rows, groups)
+
+    Examples
+    --------
+    >>> weight = torch.tensor([[1.2, 1.2]])
+    >>> together = torch.tensor([[1.0, 0.99], [0.99, 1.0]])  # two inputs that move as one
+    >>> integers, scale = round_with_compensation(weight, together, QuantScheme(8, 2))
+    >>> round(float((integers * scale).sum()), 2)
+    2.4
+    """
+    weight = weight.detach().float().clone()
+    rows, columns = weight.shape
+    size = scheme.group_size or columns
+    hessian = hessian.double().clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1.0
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    # Row j of this upper factor says how later columns make up for an error in column j.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    integers = torch.zeros(rows, columns, dtype=torch.int8, device=weight.device)
+    scale = weight.new_zeros(rows, columns // size, dtype=scheme.scale_dtype)
+    for start in range(0, columns, COLUMNS):
+        end = min(start + COLUMNS, columns)
+        errors = weight.new_zeros(rows, end - start)
+        for j in range(start, end):
+            group = j // size
+            if j % size == 0:  # the first column of a group: choose its scale
+                # Columns beyond this block still owe the corrections of the block; apply them.
+                ahead = weight[:, j : j + size].clone()
+                if j + size > end:
+                    late = factor[start:j, end : j + size]
+                    ahead[:, end - j :] -= errors[:, : j - start] @ late
+                scale[:, group] = LearnedStepSize(scheme, ahead).integers(ahead)[1][:, 0]
+            step = scale[:, group, None]
+            integers[:, j : j + 1] = quantize(weight[:, j : j + 1], step, bits=scheme.weight_bits)
+            value = dequantize(integers[:, j : j + 1], step)[:, 0]
+            errors[:, j - start] = (weight[:, j] - value) / factor[j, j]
+            weight[:, j + 1 : end] -= errors[:, j - start, None] * factor[j, j + 1 : end]
+        weight[:, end:] -= errors @ factor[start:end, end:]
+    return integers, scale
+
+
+def _hessians(model: nn.Module, layers: list, calibration: list) -> list[Tensor]:
+    """Mean outer product of each layer's inputs over the calibration batches."""
+    sums = [torch.zeros(layer.matrix.shape[1], layer.matrix.shape[1], dtype=torch.float64,
+                        device=layer.weight.device) for layer in layers]  # fmt: skip
+    seen = [0] * len(layers)
+
+    def watch(place: int, layer: FakeQuantLinear):
+        def hook(_, inputs):
+            x = inputs[0]
+            scheme = layer.quantizer.scheme
+            if scheme.activations is not None:  # as the layer will see them when served
+                x = fake_quantize_activations(x, scheme.activations, scheme.group_size)
+            x = x.reshape(-1, x.shape[-1]).float()
+            sums[place] += (x.t() @ x).double()
+            seen[place] += len(x)
+
+        return hook
+
+    hooks = [x.register_forward_pre_hook(watch(i, x)) for i, x in enumerate(layers)]
+    try:
+        for batch in calibration:
+            run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if 0 in seen:
+        raise NothingToQuantize("a layer received no input from the calibration batches: skip it")
+    return [total / n for total, n in zip(sums, seen, strict=True)]
+
+
+def _block_of(name: str) -> str:
+    """Name the repeated block that a layer belongs to: its path down to the first number."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: first + 1])

@@ -1,0 +1,1 @@
+"""From a float model to one that trains rounded, and on to packed integers."""

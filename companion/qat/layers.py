@@ -1,0 +1,200 @@
+"""Layers that look quantized while they train, and layers that are.
+
+A float layer becomes its fake-quantized class in place, keeping its parameter, its name and
+its hooks; conversion replaces it by a module of packed integers. Built in chapter 10.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from companion.numerics.activations import fake_quantize_activations
+from companion.numerics.affine import dequantize
+from companion.numerics.packing import pack, unpack
+from companion.numerics.scheme import QuantScheme
+from companion.qat.ranges import Absmax
+
+
+class FakeQuantLinear(nn.Linear):
+    """A Linear layer whose weights (and inputs, if asked) are rounded on the way.
+
+    Parameters
+    ----------
+    quantizer : Absmax or another method
+        Attribute set by `prepare_qat`.
+    """
+
+    quantizer: Absmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        scheme = self.quantizer.scheme
+        if scheme.activations is not None:
+            x = fake_quantize_activations(x, scheme.activations, scheme.group_size)
+        return F.linear(x, self.quantizer(self.matrix), self.bias)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The float weight, shape (out_features, in_features)."""
+        return self.weight
+
+
+class FakeQuantConv1D(FakeQuantLinear):
+    """The same for GPT-2's Conv1D, which keeps its weight transposed."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The float weight, shape (out_features, in_features)."""
+        return self.weight.t().contiguous()  # the layout that a converted layer multiplies
+
+    def extra_repr(self) -> str:
+        columns, rows = self.weight.shape
+        return f"{columns}, {rows}"
+
+
+class FakeQuantEmbedding(nn.Embedding):
+    """An embedding whose rows are rounded when they are looked up."""
+
+    quantizer: Absmax
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.quantizer(super().forward(ids), rows=ids)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The float weight, shape (num_embeddings, embedding_dim)."""
+        return self.weight
+
+
+class Packed(nn.Module):
+    """Packed integers and their scales, in buffers that keep their types.
+
+    Parameters
+    ----------
+    rows, columns : int
+        Shape of the weight matrix.
+    scheme : QuantScheme
+    dtype : torch.dtype
+        Of the values it dequantizes to: the type the model computes in.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, scheme: QuantScheme, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.rows, self.columns, self.scheme, self.dtype = rows, columns, scheme, dtype
+        width = -(-columns // 8) * scheme.weight_bits
+        groups = columns // (scheme.group_size or columns)
+        self.register_buffer("integers", torch.zeros(rows, width, dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(rows, groups, dtype=scheme.scale_dtype))
+
+    def store(self, layer: FakeQuantLinear | FakeQuantEmbedding) -> Packed:
+        """Take over the integers of a prepared layer."""
+        integers, scale = layer.quantizer.integers(layer.matrix)
+        self.integers, self.scale = pack(integers, self.scheme.weight_bits), scale
+        return self
+
+    def values(self, integers: Tensor, scale: Tensor) -> Tensor:
+        """Unpack and dequantize rows."""
+        groups = unpack(integers, self.scheme.weight_bits, self.columns).unflatten(
+            -1, (scale.shape[-1], -1)
+        )
+        return dequantize(groups, scale[..., None], dtype=self.dtype).flatten(-2)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight matrix in floating point, computed anew each time."""
+        return self.values(self.integers, self.scale)
+
+    def _apply(self, fn, recurse=True):
+        # model.half() or .bfloat16() change what is computed with, never what is stored.
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.integers.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}, {self.columns}, {self.scheme.weight_bits} bits"
+
+
+class QuantizedLinear(Packed):
+    """A Linear layer that keeps packed integers and dequantizes them to compute.
+
+    Smaller than a float layer, not faster: PyTorch multiplies the dequantized matrix.
+
+    Parameters
+    ----------
+    bias : Tensor or None
+    """
+
+    def __init__(self, *shape, bias: Tensor | None = None, **kwargs) -> None:
+        super().__init__(*shape, **kwargs)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        scheme = self.scheme
+        if scheme.activations is not None:
+            x = fake_quantize_activations(x, scheme.activations, scheme.group_size)
+        return F.linear(x, self.weight, self.bias)
+
+
+class DynamicInt8Linear(QuantizedLinear):
+    """W8A8 on the int8 kernel that x86 builds of PyTorch bring (fbgemm), several times faster.
+
+    Where that kernel is missing, the layer computes what training simulated.
+    """
+
+    _kernel = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+            return super().forward(x)
+        if self._kernel is None:
+            self._kernel = self._prepack()
+        result = torch.ops.quantized.linear_dynamic(x.float(), self._kernel, reduce_range=True)
+        return result.to(x.dtype)
+
+    def _prepack(self) -> torch.ScriptObject:
+        scale = self.scale[:, 0].double()
+        weight = torch._make_per_channel_quantized_tensor(
+            self.integers.view(torch.int8)[:, : self.columns],
+            scale,
+            torch.zeros_like(scale).long(),
+            0,
+        )
+        engine = torch.backends.quantized.engine
+        try:
+            torch.backends.quantized.engine = "fbgemm"
+            return torch.ops.quantized.linear_prepack(
+                weight, None if self.bias is None else self.bias.float()
+            )
+        finally:
+            torch.backends.quantized.engine = engine
+
+    def _apply(self, fn, recurse=True):
+        self._kernel = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_kernel"}
+
+    def _load_from_state_dict(self, *args):
+        self._kernel = None
+        super()._load_from_state_dict(*args)
+
+
+class QuantizedEmbedding(Packed):
+    """An embedding that unpacks only the rows it is asked for."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.values(F.embedding(ids, self.integers), F.embedding(ids, self.scale))

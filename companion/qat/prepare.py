@@ -1,0 +1,235 @@
+"""`prepare_qat` and `convert`: from a float model to one that trains rounded, to packed integers.
+
+Built in chapter 10.
+
+References
+----------
+Jacob et al., "Quantization and training of neural networks for efficient
+integer-arithmetic-only inference", CVPR 2018.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+
+from torch import nn
+
+from companion.errors import NothingToQuantize, SchemeError, UnknownLayer, WrongStage
+from companion.numerics.scheme import W8A8, QuantScheme
+from companion.qat.layers import (
+    DynamicInt8Linear,
+    FakeQuantConv1D,
+    FakeQuantEmbedding,
+    FakeQuantLinear,
+    Packed,
+    QuantizedEmbedding,
+    QuantizedLinear,
+)
+from companion.qat.ranges import Absmax, make_quantizer
+from companion.qat.selection import (
+    Quantization,
+    check_divisible,
+    choose_layers,
+    kind_of,
+    matches,
+    refuse_quantized,
+    refuse_unseen_weights,
+)
+
+logger = logging.getLogger(__name__)
+
+_FAKE = {"Linear": FakeQuantLinear, "Conv1D": FakeQuantConv1D, "Embedding": FakeQuantEmbedding}
+
+
+def prepare_qat(
+    model: nn.Module,
+    scheme: QuantScheme,
+    method: str | type[Absmax] = "lsq",
+    *,
+    skip: Iterable[str] = (),
+    embeddings: bool = False,
+) -> nn.Module:
+    """Return a copy of a model whose layers round their weights (and inputs) as they compute.
+
+    The copy trains like any module; its parameters keep their names. What was swapped and what
+    was not stands in its attribute `quantization`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model with nn.Linear or GPT-2's Conv1D layers; left as it is.
+    scheme : QuantScheme
+        Such as the presets W4 or W8A8.
+    method : {"absmax", "mse", "lsq", "absmax-torchao-gradient"} or subclass of Absmax
+        How the range of the weights is chosen, from `companion.qat.ranges`. The default, learned
+        step sizes, recovered more at three and two bits than ranges by absmax, at equal steps
+        (chapter 11; benchmarks/results/recovery.json).
+    skip : iterable of str
+        Layers that stay in floating point: full names, last parts of names, names of blocks
+        that contain them, or patterns with ``*``.
+    embeddings : bool
+        Also round embeddings. An output layer tied to an embedding then shares its rounded
+        weight; otherwise both stay in floating point.
+
+    Returns
+    -------
+    nn.Module
+
+    Raises
+    ------
+    NothingToQuantize, UnknownLayer
+        If no layer matches, or a pattern of `skip` matches none.
+    SchemeError
+        If the group size does not divide a layer's inputs, with the sizes that divide all.
+    WrongStage, UnsupportedModel
+        If the model is prepared or quantized already, or holds fused expert weights.
+
+    Examples
+    --------
+    >>> from companion import W4, prepare_qat
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    >>> qat = prepare_qat(model, W4, skip=["2"])
+    >>> print(qat.quantization)
+    1 layers quantized (4 bits, group size 32, lsq); 1 stay in floating point:
+      2: skipped by '2'
+    """
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    make_quantizer(scheme, method)  # an unknown method is refused before anything is copied
+    refuse_quantized(model)
+    refuse_unseen_weights(model, skip)
+    record = Quantization(scheme, method if isinstance(method, str) else method.__name__)
+    targets = {
+        name: module
+        for name, module in model.named_modules()
+        if kind_of(module) or isinstance(module, (nn.Linear, nn.Embedding))
+    }
+    unused = [p for p in skip if not any(matches(name, p) for name, _ in model.named_modules())]
+    if unused:
+        raise UnknownLayer(
+            f"skip={unused[0]!r} matches no layer of this model; it has "
+            f"{', '.join(list(targets)[:8]) or 'none that could be quantized'}"
+        )
+    chosen = choose_layers(targets, skip, embeddings, record)
+    if not chosen:
+        kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+        raise NothingToQuantize(
+            "no layer of this model would be quantized: prepare_qat rounds nn.Linear and Conv1D "
+            f"layers, and this model is made of {', '.join(kinds)}"
+            + (f" with skip={skip}" if skip else "")
+            + "; for convolutions use QuantWrapper"
+        )
+    check_divisible(targets, chosen, scheme)
+    prepared = copy.deepcopy(model)
+    quantizers: dict[nn.Parameter, Absmax] = {}
+    for name in chosen:
+        module = prepared.get_submodule(name)
+        module.__class__ = _FAKE[kind_of(module)]
+        if module.weight not in quantizers:  # tied layers share their range too
+            quantizers[module.weight] = make_quantizer(scheme, method, module.matrix)
+        module.quantizer = quantizers[module.weight]
+        _check_finite(name, module)
+        record.layers.append(name)
+    prepared.quantization = record
+    logger.info("%s", record)
+    return prepared
+
+
+def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
+    """Return a copy whose prepared layers keep packed integers and compute the same as before.
+
+    The forward equals the prepared model's in eval mode bit for bit for weight-only schemes
+    and simulated activations; W8A8 runs on an int8 kernel and agrees to about 1e-6.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From `prepare_qat`, usually trained since.
+    scheme : QuantScheme, optional
+        The scheme you expect; an error if the model was prepared with another.
+
+    Returns
+    -------
+    nn.Module
+        In eval mode; no parameter of it requires a gradient.
+
+    Raises
+    ------
+    WrongStage
+        If the model was not prepared, or is converted already.
+    SchemeError
+        If it was prepared with another scheme, or its weights are no longer finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from companion import W4, convert, prepare_qat
+    >>> qat = prepare_qat(nn.Sequential(nn.Linear(64, 8)), W4)
+    >>> x = torch.ones(1, 64)
+    >>> torch.equal(convert(qat)(x), qat(x))
+    True
+    """
+    record = getattr(model, "quantization", None)
+    if record is None or not any(isinstance(m, tuple(_FAKE.values())) for m in model.modules()):
+        raise WrongStage(
+            "convert() needs a model from prepare_qat(), "
+            + ("and this one is converted already" if record else "and this one was not prepared")
+        )
+    if scheme is not None and scheme != record.scheme:
+        raise SchemeError(f"the model was prepared with {record.scheme}, not with {scheme}")
+    converted = copy.deepcopy(model)
+    new: dict[nn.Module, nn.Module] = {}
+    done: dict[int, Packed] = {}
+    for name in record.layers:
+        layer = converted.get_submodule(name)
+        _check_finite(name, layer)
+        new[layer] = packed = empty_packed(layer, record.scheme).store(layer)
+        tied = done.setdefault(id(layer.weight), packed)  # one copy for layers that share one
+        packed.integers, packed.scale = tied.integers, tied.scale
+    converted = replace_modules(converted, new)
+    converted.quantization = record
+    return converted.eval().requires_grad_(False)
+
+
+def empty_packed(layer: nn.Module, scheme: QuantScheme) -> Packed:
+    """Return the packed module of a layer's shape, still without its integers.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        A Linear, Conv1D or embedding, float or fake-quantized.
+    scheme : QuantScheme
+    """
+    rows, columns = layer.weight.shape
+    shape = {"scheme": scheme, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Embedding):
+        return QuantizedEmbedding(rows, columns, **shape).to(layer.weight.device)
+    if isinstance(layer, FakeQuantConv1D) or kind_of(layer) == "Conv1D":
+        rows, columns = columns, rows
+    kind = DynamicInt8Linear if _runs_on_int8_kernel(scheme) else QuantizedLinear
+    return kind(rows, columns, bias=layer.bias, **shape).to(layer.weight.device)
+
+
+def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put new modules in the place of old ones, under every name; return the model or its new self."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children() drops repeats
+            if child in new:
+                setattr(parent, name, new[child])
+    return new.get(model, model)
+
+
+def _check_finite(name: str, layer: nn.Module) -> None:
+    _, scale = layer.quantizer.integers(layer.matrix)
+    if not (scale.isfinite().all() and layer.weight.isfinite().all()):
+        raise SchemeError(
+            f"the weights of {name} are too large for {scale.dtype} scales, or not finite: check "
+            "the model, or choose scale_dtype=torch.float32"
+        )
+
+
+def _runs_on_int8_kernel(scheme: QuantScheme) -> bool:
+    return scheme.activations == W8A8.activations and (
+        scheme.weight_bits == 8 and scheme.group_size is None
+    )

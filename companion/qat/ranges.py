@@ -1,0 +1,264 @@
+"""How the range of the weights is chosen while training, by method.
+
+Built in chapters 10 and 11.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from companion.errors import SchemeError
+from companion.numerics.affine import choose_scale, fake_quantize, quantize
+from companion.numerics.scheme import QuantScheme
+
+
+class Absmax(nn.Module):
+    """The grid follows the weights: the largest of each group always sits at its end.
+
+    The scale is computed anew in every forward and rounded to the scheme's `scale_dtype`, so
+    that training already sees the scale that conversion stores.
+
+    Parameters
+    ----------
+    scheme : QuantScheme
+    weight : Tensor, shape (rows, columns), optional
+        The weights that it will round; methods that learn a range start from them.
+
+    Examples
+    --------
+    >>> quantizer = Absmax(QuantScheme(weight_bits=2, group_size=2))
+    >>> quantizer(torch.tensor([[0.2, -1.5, 3.0, 1.0]]))
+    tensor([[ 0., -2.,  2.,  0.]])
+    """
+
+    def __init__(self, scheme: QuantScheme, weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.enabled = True
+        if weight is not None:
+            self.start(weight)
+
+    def start(self, weight: Tensor) -> None:
+        """Choose the first range for these weights; nothing to do where it follows them."""
+
+    def groups(self, weight: Tensor) -> Tensor:
+        """View the last dimension as (groups, group_size)."""
+        return weight.unflatten(-1, (-1, self.scheme.group_size or weight.shape[-1]))
+
+    def scale(self, groups: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return one scale per group, shape (..., groups, 1).
+
+        `rows` says which rows of the matrix these are, for embeddings; None means all.
+        """
+        return choose_scale(groups, self.scheme.weight_bits, scale_dtype=self.scheme.scale_dtype)[0]
+
+    def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the fake-quantized weight, of the same shape and dtype."""
+        if not self.enabled:
+            return weight
+        groups = self.groups(weight)
+        return self.fake(groups, self.scale(groups, rows)).view_as(weight)
+
+    def fake(self, groups: Tensor, scale: Tensor) -> Tensor:
+        """Round to the grid with a straight-through gradient."""
+        return fake_quantize(groups, scale, bits=self.scheme.weight_bits)
+
+    @torch.no_grad()
+    def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return int8 of the weight's shape and scales of shape (..., groups): what is stored."""
+        groups = self.groups(weight)
+        scale = self.scale(groups).to(self.scheme.scale_dtype)
+        return quantize(groups, scale, bits=self.scheme.weight_bits).view_as(weight), scale[..., 0]
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme.weight_bits} bits, group size {self.scheme.group_size or 'row'}"
+
+
+class AbsmaxTorchaoGradient(Absmax):
+    """Absmax with the gradient of torchao 0.18: none where a weight sits at an end of the grid.
+
+    torchao rounds, then clamps; its gradient is that of a clamp applied to the rounded value.
+    Kept as an arm to compare with; the forward is the same.
+
+    Examples
+    --------
+    >>> weight = torch.tensor([[0.2, -1.5, 3.0, 1.0]], requires_grad=True)
+    >>> AbsmaxTorchaoGradient(QuantScheme(weight_bits=2, group_size=2))(weight).sum().backward()
+    >>> weight.grad
+    tensor([[1., 0., 0., 1.]])
+    """
+
+    def fake(self, groups: Tensor, scale: Tensor) -> Tensor:
+        qmin, qmax = self.scheme.integers
+        wide = fake_quantize(groups, scale, bits=8)  # rounding alone: no value leaves 8 bits
+        rounded = quantize(groups.detach(), scale, bits=8)
+        inside = (rounded > qmin) & (rounded < qmax)
+        return torch.where(inside, wide, super().fake(groups, scale).detach())
+
+
+class MSEClipped(Absmax):
+    """The range that rounds the starting weights with the smallest squared error.
+
+    Each group keeps the clip ratio found at the start; the scale is that ratio of the absmax
+    scale, so the grid still follows the weights. A negative ratio turns the grid around: its
+    one extra integer, -2**(bits - 1), then lies on the side where the group needs it. The idea
+    of a signed scale is that of llama.cpp's Q4_0 format; it costs no byte.
+
+    References
+    ----------
+    Sung et al., "Resiliency of deep neural networks under quantization", 2015 (the search for
+    the step that minimises the squared error).
+
+    Examples
+    --------
+    >>> weight = torch.tensor([[1.0, 1.0, 1.0, 2.0]])
+    >>> MSEClipped(QuantScheme(2, 4, torch.float32), weight)(weight).round(decimals=1)
+    tensor([[1., 1., 1., 2.]])
+    """
+
+    ratio: Tensor
+
+    def start(self, weight: Tensor) -> None:
+        groups = self.groups(weight.detach())
+        self.register_buffer("ratio", best_ratio(groups, self.scheme))
+
+    def scale(self, groups: Tensor, rows: Tensor | None = None) -> Tensor:
+        ratio = self.ratio if rows is None else self.ratio[rows]
+        absmax = choose_scale(groups, self.scheme.weight_bits)[0]
+        return (absmax * ratio).to(self.scheme.scale_dtype)
+
+
+class LearnedStepSize(Absmax):
+    """LSQ: the scale of each group is a parameter, with a gradient of its own.
+
+    It starts where `MSEClipped` does. What the optimizer sees is `step`, the scale divided by
+    its first value: one learning rate then moves scales by the same share of themselves in
+    every layer, which is what their "own learning rate" has to achieve.
+
+    References
+    ----------
+    Esser et al., "Learned step size quantization", ICLR 2020.
+
+    Examples
+    --------
+    >>> weight = torch.tensor([[0.4, -0.9, 3.0, 1.2]])
+    >>> quantizer = LearnedStepSize(QuantScheme(2, 2, torch.float32), weight)
+    >>> quantizer(weight).sum().backward()
+    >>> quantizer.step.grad.shape
+    torch.Size([1, 2, 1])
+    """
+
+    first: Tensor
+
+    def start(self, weight: Tensor) -> None:
+        groups = self.groups(weight.detach())
+        ratio = best_ratio(groups, self.scheme)
+        self.start_at(choose_scale(groups, self.scheme.weight_bits)[0] * ratio)
+
+    def start_at(self, scale: Tensor) -> None:
+        """Begin with given scales, shape (rows, groups, 1): after GPTQ, for example."""
+        self.register_buffer("first", scale.detach().float())
+        self.step = nn.Parameter(torch.ones_like(self.first))
+
+    def scale(self, groups: Tensor, rows: Tensor | None = None) -> Tensor:
+        if rows is None:
+            return self.step * self.first
+        return self.step[rows] * self.first[rows]
+
+    def fake(self, groups: Tensor, scale: Tensor) -> Tensor:
+        qmin, qmax = self.scheme.integers
+        return _LearnedStep.apply(groups, scale, self.scheme.scale_dtype, qmin, qmax)
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Round to a grid whose scale learns; forward as in `fake_quantize`, bit for bit."""
+
+    @staticmethod
+    def forward(ctx, weight, scale, scale_dtype, qmin, qmax):
+        stored = scale.to(scale_dtype).float()  # training sees the scale as it will be stored
+        position = weight.float() * (1.0 / stored)
+        rounded = position.round()
+        clipped = rounded.clamp(qmin, qmax)
+        inside = rounded == clipped
+        # Esser et al., eq. 3: round(w/s) - w/s inside the range, the end of the range outside.
+        ctx.save_for_backward(inside, torch.where(inside, clipped - position, clipped))
+        ctx.gradient_scale = (weight.shape[-1] * qmax) ** -0.5  # their section 2.2
+        return clipped.mul_(stored).add_(0.0).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inside, slope = ctx.saved_tensors
+        to_scale = (grad * slope).sum(-1, keepdim=True) * ctx.gradient_scale
+        return grad * inside, to_scale, None, None, None
+
+
+def best_ratio(groups: Tensor, scheme: QuantScheme) -> Tensor:
+    """Search the scale that rounds each group with the smallest squared error.
+
+    Parameters
+    ----------
+    groups : Tensor, shape (..., group_size)
+    scheme : QuantScheme
+
+    Returns
+    -------
+    Tensor, shape (..., 1), float32
+        The best scale over the absmax scale, negative where a turned grid does better.
+
+    Examples
+    --------
+    >>> best_ratio(torch.tensor([[-2.0, 1.0]]), QuantScheme(2, 2, torch.float32))
+    tensor([[0.7500]])
+    >>> best_ratio(torch.tensor([[2.0, -1.0]]), QuantScheme(2, 2, torch.float32))
+    tensor([[-0.7500]])
+    """
+    groups = groups.float()
+    absmax = choose_scale(groups, scheme.weight_bits)[0]
+    best = torch.ones_like(absmax)
+    smallest = torch.full_like(absmax, torch.inf)
+    # Eight-bit kernels expect positive scales, and one integer of 256 is not worth a sign.
+    signs = (1,) if scheme.weight_bits == 8 else (1, -1)
+    for ratio in _RATIOS:
+        for signed in (ratio * sign for sign in signs):
+            scale = (absmax * signed).to(scheme.scale_dtype)
+            error = (fake_quantize(groups, scale, bits=scheme.weight_bits) - groups).square_()
+            error = error.sum(-1, keepdim=True)
+            better = error < smallest
+            best = torch.where(better, signed, best)
+            smallest = torch.where(better, error, smallest)
+    return best
+
+
+_RATIOS = [step / 40 for step in range(44, 9, -1)]  # 1.1 down to 0.25 of the absmax scale
+
+METHODS: dict[str, type[Absmax]] = {
+    "absmax": Absmax,
+    "absmax-torchao-gradient": AbsmaxTorchaoGradient,
+    "mse": MSEClipped,
+    "lsq": LearnedStepSize,
+}
+
+
+def make_quantizer(
+    scheme: QuantScheme, method: str | type[Absmax] = "absmax", weight: Tensor | None = None
+) -> Absmax:
+    """Return a fresh weight quantizer of a method, by name or by class.
+
+    Parameters
+    ----------
+    scheme : QuantScheme
+    method : str or subclass of Absmax
+    weight : Tensor, shape (rows, columns), optional
+        What it will round, for methods whose range starts from the weights.
+
+    Examples
+    --------
+    >>> make_quantizer(QuantScheme(weight_bits=4))
+    Absmax(4 bits, group size 32)
+    """
+    if isinstance(method, type) and issubclass(method, Absmax):
+        return method(scheme, weight)
+    if method not in METHODS:
+        raise SchemeError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
+    return METHODS[method](scheme, weight)

@@ -1,0 +1,1 @@
+"""Comparisons of methods at equal cost, run by run."""

@@ -1,0 +1,88 @@
+"""The methods that are compared, each as one arm: when the rounding begins, and how.
+
+Built in chapter 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from companion.data.task import Task
+from companion.numerics.scheme import QuantScheme
+from companion.ptq.gptq import gptq
+from companion.qat.lora import lora
+from companion.qat.prepare import convert, prepare_qat
+
+Prepare = Callable[[nn.Module, QuantScheme, Task, Sequence[str]], nn.Module]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get from a float model to a quantized one, in a given number of steps.
+
+    Parameters
+    ----------
+    name : str
+    prepare : callable, optional
+        ``prepare(model, scheme, task, skip)`` returns the model to train further, or to finish.
+        None leaves it in floating point.
+    finish : callable
+        Turns the trained model into the one that is measured.
+    float_share : float
+        Of the steps, in floating point before `prepare`: 0 rounds from the first step on, 1
+        after the last (post-training quantization).
+    distil : bool
+        After the float steps, imitate the model that they gave instead of the labels.
+
+    Examples
+    --------
+    >>> late = Arm("late", lambda model, scheme, task, skip: prepare_qat(model, scheme, skip=skip),
+    ...            float_share=0.5)
+    >>> late.steps(9)
+    (4, 5)
+    """
+
+    name: str
+    prepare: Prepare | None = None
+    finish: Callable[[nn.Module], nn.Module] = convert
+    float_share: float = 0.0
+    distil: bool = False
+
+    def steps(self, total: int) -> tuple[int, int]:
+        """Split a number of steps into those before and those under rounding."""
+        first = round(self.float_share * total)
+        return first, total - first
+
+
+def _with(method: str) -> Prepare:
+    return lambda model, scheme, task, skip: prepare_qat(model, scheme, method, skip=skip)
+
+
+def _gptq(model: nn.Module, scheme: QuantScheme, task: Task, skip: Sequence[str]) -> nn.Module:
+    torch.manual_seed(0)  # which batches calibrate
+    return gptq(model, scheme, task.train, skip=skip, progress=False)
+
+
+FLOAT = Arm("float", finish=lambda model: model, float_share=1.0)
+NEAREST = Arm("nearest", _with("absmax"), float_share=1.0)
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        NEAREST,
+        Arm("nearest-mse", _with("mse"), float_share=1.0),
+        Arm("gptq", _gptq, float_share=1.0),
+        Arm("absmax", _with("absmax")),
+        Arm("absmax-torchao-gradient", _with("absmax-torchao-gradient")),
+        Arm("mse", _with("mse")),
+        Arm("lsq", _with("lsq")),
+        Arm("delayed", _with("absmax"), float_share=0.75),
+        Arm("distilled", _with("absmax"), float_share=0.75, distil=True),
+        Arm("lora", lora, lambda model: convert(model.merge_and_unload()), float_share=0.75),
+        Arm("default", _with("lsq"), float_share=0.75, distil=True),
+    )
+}
+"""The methods that `compare` knows by name."""

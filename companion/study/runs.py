@@ -1,0 +1,214 @@
+"""The runs of a comparison: each is done once, logged, and found again after an interruption.
+
+Built in chapter 11.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+import companion  # its face knows the names of models and tasks; the course stands above
+from companion.evaluation.cost import model_bytes
+from companion.evaluation.language import document_losses
+from companion.evaluation.metrics import METRICS
+from companion.files import write_atomically
+from companion.numerics.scheme import QuantScheme
+from companion.qat.saved import save_quantized
+from companion.study.recipes import FLOAT, Arm
+from companion.study.tables import scheme_name
+from companion.training.batches import batches
+from companion.training.fit import fit
+from companion.training.losses import default_loss, distillation_loss
+
+TUNING_SEED = 100
+
+
+class Log:
+    """Results kept on disk as they come, so that an interrupted study goes on where it was.
+
+    Parameters
+    ----------
+    path : path, optional
+        A JSON file; None keeps them in memory only.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        found = self.path is not None and self.path.exists()
+        self.results: dict[str, Any] = json.loads(self.path.read_text()) if found else {}
+
+    def get(self, key: str, run: Callable[[], Any]) -> Any:
+        """Return the stored result of a key, or run for it and store it."""
+        if key not in self.results:
+            self.results[key] = run()
+            if self.path is not None:
+                text = json.dumps(self.results)
+                write_atomically(self.path, lambda part: part.write_text(text))
+        return self.results[key]
+
+
+class Runs:
+    """The runs of one comparison: each is done once, and found again in the log.
+
+    Parameters
+    ----------
+    model, task, steps, skip, progress, models
+        As in `companion.compare`.
+    log : Log
+    """
+
+    def __init__(
+        self, model, task, steps: int, skip: tuple, log: Log, progress: bool,
+        models: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        self.task = companion.load_task(task) if isinstance(task, str) else task
+        self.start = companion.load_pretrained(model) if isinstance(model, str) else model
+        known = getattr(self.start, "provenance", type(self.start).__name__)
+        self.name = known.split(": ")[0]
+        self.steps, self.skip, self.log, self.progress = steps, skip, log, progress
+        self.models = None if models is None else Path(models)
+        self.bar: tqdm | None = None
+        self.fingerprint = f"{_fingerprint(self.start)} {' '.join(self.skip)}".strip()
+        self.floats: dict[tuple, nn.Module] = {}  # float phases that several arms share
+
+    def tune(self, arm: Arm, scheme, rates: Sequence[float], steps: int, chosen: dict) -> float:
+        """Return the rate with the lowest validation loss."""
+        found = {}
+        for rate in rates:
+            found[rate] = self.get(arm, scheme, TUNING_SEED, steps, rate, chosen, test=False)
+            self.bar.update()
+        return min(found, key=lambda rate: found[rate]["validation_loss"])
+
+    def run(self, arm: Arm, scheme, seed: int, chosen: dict) -> dict:
+        """Train an arm and measure it on the test split."""
+        if arm is FLOAT:
+            self.floats.clear()  # of the seed before
+        rate = chosen["float" if arm.float_share == 1 else rate_key(arm, scheme)]
+        result = self.get(arm, scheme, seed, self.steps, rate, chosen, test=True)
+        self.bar.update()
+        return result
+
+    def get(self, arm, scheme, seed, steps, rate, chosen, test: bool) -> dict:
+        """Return one run from the log, or do it; `test` says on which split it is measured."""
+        key = [self.name, self.fingerprint, self.task.name, scheme_name(scheme), arm.name, seed,
+               steps, rate, chosen.get("float") if arm.float_share else None,
+               "test" if test else "validation"]  # fmt: skip
+        return self.log.get(
+            " | ".join(map(str, key)),
+            lambda: self._train(arm, scheme, seed, steps, rate, chosen.get("float"), test),
+        )
+
+    def _train(self, arm: Arm, scheme, seed, steps, rate, float_rate, test: bool) -> dict:
+        first, rest = arm.steps(steps)
+        stream = batches(self.task.train, steps, 1000 * seed)
+        model = self._float(stream[:first], seed, rate if arm is FLOAT else float_rate)
+        history = None
+        if arm.prepare is not None:
+            teacher = model
+            model = arm.prepare(model, scheme, self.task, self.skip)
+            if rest:
+                loss_fn = distillation_loss(teacher) if arm.distil else default_loss
+                history = self._fit(model, stream[first:], rate, seed, loss_fn)
+            model = arm.finish(model)
+        if test and seed == 0 and self.models and scheme is not None:
+            save_quantized(model, self.models / model_folder(arm, scheme))
+        validation = document_losses(model, self.task.validation).mean
+        record = {
+            "model": self.name, "task": self.task.name, "scheme": scheme_name(scheme),
+            "method": arm.name, "seed": seed, "steps": steps, "float_steps": first, "lr": rate,
+            "validation_loss": validation, "bytes": model_bytes(model), "cost": self.cost(arm, scheme),
+            "validation": history.validation if history else [],
+            "training_tokens": sum(map(_size, stream)),
+        }  # fmt: skip
+        if test:
+            metric = METRICS[self.task.metric]
+            measured = metric.measure(model, self.task)
+            record |= {
+                "metric": metric.name, "higher_is_better": metric.higher_is_better,
+                "total": [round(float(x), 4) for x in measured.scores.total],
+                "weight": measured.scores.weight.tolist(),
+                "also": {name: [e.value, e.low, e.high] for name, e in measured.also.items()},
+            }  # fmt: skip
+        return record
+
+    def cost(self, arm: Arm, scheme) -> float:
+        """Time of an arm's steps over that of as many float steps, timed side by side."""
+        share = arm.steps(self.steps)[0] / self.steps
+        if share == 1:
+            return 1.0
+        key = (
+            f"{self.fingerprint} | {arm.name} | {scheme.weight_bits} | {scheme.activations} | cost"
+        )
+        return share + (1 - share) * self.log.get(key, lambda: self._step_ratio(arm, scheme))
+
+    def _step_ratio(self, arm: Arm, scheme) -> float:
+        models = [copy.deepcopy(self.start), arm.prepare(self.start, scheme, self.task, self.skip)]
+        losses = [default_loss, distillation_loss(self.start) if arm.distil else default_loss]
+        stream = batches(self.task.train, 6, TUNING_SEED)
+        seconds: tuple[list, list] = ([], [])
+        for batch in stream:
+            for model, loss_fn, times in zip(models, losses, seconds, strict=True):
+                started = time.perf_counter()
+                fit(model, [batch], steps=1, loss_fn=loss_fn, lr=0.0, progress=False)
+                times.append(time.perf_counter() - started)
+        return median(seconds[1][1:]) / median(seconds[0][1:])
+
+    def _float(self, stream: list, seed: int, rate: float) -> nn.Module:
+        """The start, fine-tuned in floating point on these batches; arms share the result."""
+        if not stream:
+            return copy.deepcopy(self.start)
+        key = (len(stream), seed, rate)
+        if key not in self.floats:
+            self.floats[key] = copy.deepcopy(self.start)
+            self._fit(self.floats[key], stream, rate, seed, default_loss)
+        return self.floats[key]
+
+    def _fit(self, model: nn.Module, stream: list, rate: float, seed: int, loss_fn):
+        return fit(
+            model,
+            stream,
+            steps=len(stream),
+            lr=rate,
+            seed=seed,
+            loss_fn=loss_fn,
+            validate=lambda m: document_losses(m, self.task.validation).mean,
+            validate_every=math.ceil(len(stream) / 8),
+            progress=self.progress,
+        )
+
+
+def rate_key(arm: Arm, scheme: QuantScheme | None) -> str:
+    """Name the learning rate of an arm at a scheme, such as "lsq W2 g32"."""
+    return arm.name if scheme is None else f"{arm.name} {scheme_name(scheme)}"
+
+
+def model_folder(arm: Arm, scheme: QuantScheme) -> str:
+    """Name of the folder that `compare` keeps a model in, such as "W2-g32-lsq"."""
+    return f"{scheme_name(scheme)} {arm.name}".replace(" ", "-")
+
+
+def _size(batch: Any) -> int:
+    """Tokens of a batch, or examples where it holds no tokens."""
+    if not isinstance(batch, Mapping):
+        return len(batch[0])
+    return sum(value.numel() for name, value in batch.items() if name.endswith("input_ids"))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(
+            name.encode() + tensor.detach().cpu().flatten()[:4096].float().numpy().tobytes()
+        )
+    return digest.hexdigest()[:12]

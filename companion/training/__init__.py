@@ -1,0 +1,1 @@
+"""One training loop, and what stands beside it: losses, checkpoints, processes, memory."""

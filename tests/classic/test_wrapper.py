@@ -1,0 +1,381 @@
+"""The classic road: what is trained is what is converted, and wrong turns are refused."""
+
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.ao.nn.quantized as nnq
+from torch import nn
+from torch.ao.quantization import FakeQuantizeBase, QuantStub, quantize_dynamic
+from torchvision.models import resnet18
+
+from companion import QuantWrapper, accuracy, fit, load_pretrained, load_task
+from companion.errors import (
+    NothingToQuantize,
+    NothingToTrain,
+    UnsupportedBackend,
+    UnsupportedModel,
+    WrongStage,
+)
+from companion.evaluation.estimates import predict
+
+WIDTHS = [8, 4, 3, 2]
+SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
+
+
+def small_net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(288, 5),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def task():
+    return load_task("digits-5-9", batch_size=25)
+
+
+def trained(task, bits: int, steps: int = 25) -> QuantWrapper:
+    qat = QuantWrapper(small_net()).prepare_qat(bits)
+    fit(qat, task.train, steps=steps, optimizer=SGD, at={steps * 4 // 5: qat.freeze})
+    return qat
+
+
+def fake_quantizers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, FakeQuantizeBase)]
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: module.weight()
+        for name, module in model.named_modules()
+        if isinstance(module, (nnq.Conv2d, nnq.Linear))
+    }
+
+
+def test_bare_wrapper_is_the_identity_around_the_model(task):
+    net = small_net()
+    x, _ = next(iter(task.test))
+    wrapped = QuantWrapper(net)
+    assert torch.equal(wrapped(x), net(x))
+    assert not fake_quantizers(wrapped)
+    assert wrapped.model is net
+    assert isinstance(wrapped.quant, QuantStub)
+    assert wrapped.stage == "float"
+
+
+def test_prepare_leaves_the_given_model_alone(task):
+    net = small_net()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    qat = QuantWrapper(net).prepare_qat()
+    fit(qat, task.train, steps=2, optimizer=SGD)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    assert not fake_quantizers(net)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_trained_scale_is_the_converted_scale(task, bits):
+    qat = trained(task, bits)
+    int8 = qat.convert()
+    qat.eval()(next(iter(task.test))[0])
+    for name, weight in weights(int8).items():
+        fake = qat.get_submodule(name).weight_fake_quant
+        assert torch.equal(fake.scale, weight.q_per_channel_scales().float())
+        integers = weight.int_repr()
+        assert integers.min() >= -(2 ** (bits - 1))
+        assert integers.max() <= 2 ** (bits - 1) - 1
+        assert len(integers.unique()) > 2
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_converted_weights_are_the_fake_quantized_ones(task, bits, frozen):
+    qat = QuantWrapper(small_net()).prepare_qat(bits)
+    fit(qat, task.train, steps=8, optimizer=SGD, at={6: qat.freeze} if frozen else None)
+    int8 = qat.convert()
+    qat.eval()
+    for name, weight in weights(int8).items():
+        layer = qat.get_submodule(name)
+        value = layer.weight
+        if hasattr(layer, "bn"):
+            fold = layer.bn.weight / torch.sqrt(layer.bn.running_var + layer.bn.eps)
+            value = value * fold.reshape(-1, 1, 1, 1)
+        shown = layer.weight_fake_quant(value)
+        assert torch.allclose(weight.dequantize(), shown, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_fake_quantized_and_converted_predictions_agree(task, bits):
+    qat = trained(task, bits)
+    fake, _ = predict(qat, task.test)
+    real, _ = predict(qat.convert(), task.test)
+    assert np.mean(fake == real) >= 0.99
+
+
+def test_narrow_weights_are_really_narrow(task):
+    x, _ = next(iter(task.train))
+    outputs = {}
+    for bits in WIDTHS:
+        qat = QuantWrapper(small_net()).prepare_qat(bits).calibrate([x])
+        outputs[bits] = qat(x)
+        layer = qat.model[0]
+        fold = layer.bn.weight / torch.sqrt(layer.bn.running_var + layer.bn.eps)
+        shown = layer.weight_fake_quant(layer.weight * fold.reshape(-1, 1, 1, 1))
+        assert max(len(channel.unique()) for channel in shown) <= 2**bits
+    exact = small_net().eval()(x)
+    error = [(outputs[bits] - exact).norm() for bits in WIDTHS]
+    assert error == sorted(error)
+    assert 0 < error[0] < 0.1 * exact.norm()
+    assert error[-1] > 3 * error[0]
+
+
+def test_gradient_passes_straight_through_to_the_weights(task):
+    x, y = next(iter(task.train))
+    qat = QuantWrapper(small_net()).prepare_qat(2)
+    layer = qat.model[7]
+    seen = {}
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        seen["o"] = output
+
+    layer.weight_fake_quant.register_forward_hook(keep)
+    nn.functional.cross_entropy(qat(x), y).backward()
+    scale = layer.weight_fake_quant.scale[:, None]
+    rounded = torch.round(layer.weight.detach() * (1 / scale))
+    inside = (rounded >= -2) & (rounded <= 1)
+    assert 0 < inside.sum() < inside.numel()
+    assert torch.equal(layer.weight.grad, seen["o"].grad * inside)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in qat.parameters())
+
+
+def test_qat_learns(task):
+    history = fit(
+        qat := QuantWrapper(small_net()).prepare_qat(4), task.train, steps=60, optimizer=SGD
+    )
+    assert np.mean(history.loss[-5:]) < 0.5 * history.loss[0]
+    assert accuracy(qat.convert(), task.test).low > 0.6
+
+
+def test_evaluation_does_not_change_a_prepared_model(task):
+    qat = QuantWrapper(small_net()).prepare_qat()
+    fit(qat, task.train, steps=3, optimizer=SGD)
+    qat.eval()
+    qat(next(iter(task.test))[0])
+    before = {k: v.clone() for k, v in qat.state_dict().items()}
+    qat(100 * torch.ones(1, 3, 32, 32))
+    assert all(torch.equal(v, qat.state_dict()[k]) for k, v in before.items())
+
+
+def test_freeze_fixes_ranges_and_batch_norm_but_not_weights(task):
+    qat = QuantWrapper(small_net()).prepare_qat()
+    fit(qat, task.train, steps=3, optimizer=SGD)
+    qat.freeze()
+    before = {k: v.clone() for k, v in qat.state_dict().items()}
+    fit(qat, task.train, steps=3, optimizer=SGD)
+    for key, value in qat.state_dict().items():
+        fixed = any(
+            word in key for word in ("fake_quant", "post_process", "running", "num_batches")
+        )
+        assert torch.equal(value, before[key]) is fixed, key
+
+
+def test_freeze_reaches_batch_norm_that_was_not_fused(task):
+    class Unfusable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.conv, self.fc = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.fc(self.conv(self.bn(x)).mean((2, 3)))
+
+    qat = QuantWrapper(Unfusable()).prepare_qat()
+    fit(qat, task.train, steps=1)
+    qat.freeze()
+    before = qat.model.bn.running_mean.clone()
+    fit(qat, task.train, steps=2)
+    assert torch.equal(qat.model.bn.running_mean, before)
+
+
+def test_resnet18_carries_its_own_stubs_and_still_converts(task):
+    model = load_pretrained(weights="digits", classes=5)
+    assert isinstance(model.quant, QuantStub)
+    qat = QuantWrapper(model).prepare_qat().calibrate(task.train, batches=2)
+    assert [n for n, m in qat.named_modules() if isinstance(m, QuantStub)] == ["quant"]
+    int8 = qat.convert()
+    assert int8(next(iter(task.test))[0]).shape == (100, 5)
+    fused = [m for m in int8.modules() if type(m).__name__ == "ConvReLU2d"]
+    assert len(fused) == 9  # conv1 and the first convolution of eight blocks
+    assert not [m for m in int8.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+
+
+def test_sequential_models_are_fused(task):
+    qat = QuantWrapper(small_net()).prepare_qat()
+    assert type(qat.model[0]).__name__ == "ConvBnReLU2d"
+    assert type(qat.model[3]).__name__ == "ConvReLU2d"
+
+
+def test_calibration_is_static_post_training_quantization(task):
+    net = small_net()
+    fit(net, task.train, steps=60, optimizer=SGD)
+    int8 = QuantWrapper(net).prepare_qat().calibrate(task.train).convert()
+    assert accuracy(int8, task.test).value > accuracy(net, task.test).value - 0.03
+
+
+def test_plain_residual_add_is_refused_by_name():
+    with pytest.raises(UnsupportedModel, match=r"'layer1.0'.*FloatFunctional"):
+        QuantWrapper(resnet18()).prepare_qat()
+
+
+@pytest.mark.parametrize(
+    "join", [torch.add, torch.mul, lambda a, b: torch.cat([a, b], 1), lambda a, b: a.add_(b)]
+)
+def test_other_plain_joins_are_refused_too(join):
+    class Joins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return join(self.inner(x), x)
+
+    with pytest.raises(UnsupportedModel, match="FloatFunctional"):
+        QuantWrapper(Joins()).prepare_qat()
+    with pytest.raises(UnsupportedModel, match="'0'"):
+        QuantWrapper(nn.Sequential(Joins())).prepare_qat()
+
+
+def test_float_functional_is_accepted_and_counts_are_not():
+    class Fine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.join = nn.Conv2d(3, 3, 1), nnq.FloatFunctional()
+
+        def forward(self, x):
+            return self.join.add_relu(self.conv(x), x)
+
+    x = torch.rand(2, 3, 4, 4)
+    qat = QuantWrapper(Fine()).prepare_qat().calibrate([x])
+    assert torch.allclose(qat.convert()(x), qat(x), atol=1e-6)
+
+
+def test_nothing_to_quantize_is_an_error():
+    with pytest.raises(NothingToQuantize, match="no Conv2d or Linear"):
+        QuantWrapper(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3))).prepare_qat()
+
+
+def test_dynamic_quantization_before_qat_is_an_error():
+    broken = quantize_dynamic(small_net(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(UnsupportedModel, match=r"'7' is already quantized"):
+        QuantWrapper(broken).prepare_qat()
+
+
+def test_calls_out_of_order_are_errors(task):
+    wrapped = QuantWrapper(small_net())
+    for call in (wrapped.convert, wrapped.freeze, lambda: wrapped.calibrate(task.train)):
+        with pytest.raises(WrongStage, match=r"call prepare_qat\(\)"):
+            call()
+    wrapped.prepare_qat()
+    with pytest.raises(WrongStage, match="already prepared"):
+        wrapped.prepare_qat()
+    with pytest.raises(WrongStage, match="before any data"):
+        wrapped.convert()
+    int8 = wrapped.calibrate(task.train, batches=1).convert()
+    for call in (int8.prepare_qat, int8.convert, int8.freeze):
+        with pytest.raises(WrongStage):
+            call()
+
+
+def test_training_after_convert_is_an_error(task):
+    int8 = QuantWrapper(small_net()).prepare_qat().calibrate(task.train, batches=1).convert()
+    with pytest.raises(WrongStage, match="does not train"):
+        int8.train()
+    with pytest.raises(NothingToTrain):
+        fit(int8, task.train, steps=1)
+    assert int8.eval() is int8
+
+
+def test_the_prepared_wrapper_can_train_on_after_convert(task):
+    qat = trained(task, 4)
+    first = qat.convert()
+    fit(qat, task.train, steps=10, optimizer=SGD)
+    second = qat.convert()
+    same = [torch.equal(a.int_repr(), b.int_repr())
+            for a, b in zip(weights(first).values(), weights(second).values(), strict=True)]  # fmt: skip
+    assert not all(same)
+
+
+def test_unsupported_backend_names_the_supported_ones():
+    with pytest.raises(UnsupportedBackend, match="choose one of"):
+        QuantWrapper(small_net(), backend="tpu")
+
+
+@pytest.mark.parametrize(
+    "backend", [e for e in torch.backends.quantized.supported_engines if e != "none"]
+)
+def test_every_supported_backend_runs(task, backend):
+    qat = QuantWrapper(small_net(), backend=backend).prepare_qat()
+    fit(qat, task.train, steps=8, optimizer=SGD)
+    fake, _ = predict(qat, task.test)
+    real, _ = predict(qat.convert(), task.test)
+    assert np.mean(fake == real) >= 0.97
+    torch.backends.quantized.engine = "x86"
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [e for e in torch.backends.quantized.supported_engines if e not in ("none", "qnnpack")],
+)
+def test_products_fit_into_sixteen_bits(task, backend):
+    """Kernels for AVX2 add pairs of products in 16 bits, and saturate (oneDNN's do, too)."""
+    qat = QuantWrapper(small_net(), backend=backend).prepare_qat().calibrate(task.train)
+    assert (qat.quant.activation_post_process.scale * 127).item() >= 1.9  # images span -1 to 1
+
+
+def test_resume_of_a_prepared_model_is_bit_identical(task, tmp_path):
+    def run(folder, interrupt):
+        qat = QuantWrapper(small_net()).prepare_qat(4)
+        actions = {6: qat.freeze} | ({8: interrupt} if interrupt else {})
+        fit(qat, task.train, steps=12, optimizer=SGD, at=actions, checkpoint_dir=folder,
+            checkpoint_every=1, resume=True)  # fmt: skip
+        return qat
+
+    def stop():
+        raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop)
+    resumed = run(tmp_path / "cut", None)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+REMOVED = """
+import sys, torch
+for name in [n for n in sys.modules if n.startswith("torch.ao.quantization")]:
+    del sys.modules[name]
+sys.modules["torch.ao.quantization"] = None
+if hasattr(torch.ao, "quantization"):
+    del torch.ao.quantization
+import companion
+from companion import W4, QuantWrapper, choose_scale, fit
+from companion.errors import UnsupportedModel
+model = torch.nn.Linear(2, 2)
+fit(model, [(torch.eye(2), torch.tensor([0, 1]))], steps=2, progress=False)
+try:
+    QuantWrapper(model)
+except UnsupportedModel as error:
+    print("refused:", error)
+"""
+
+
+def test_package_works_where_the_classic_road_has_been_removed():
+    run = subprocess.run([sys.executable, "-c", REMOVED], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("refused: this PyTorch no longer has torch.ao.quantization")

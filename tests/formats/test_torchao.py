@@ -1,0 +1,111 @@
+"""torchao's tensors with our integers compute what the converted model computes."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from companion import (
+    W2,
+    W3,
+    W4,
+    W4A8,
+    W8,
+    W8A8,
+    QuantScheme,
+    convert,
+    load_pretrained,
+    load_quantized,
+    prepare_qat,
+    save_quantized,
+    to_torchao,
+)
+from companion.errors import UnsupportedModel, WrongStage
+from companion.numerics.scheme import BLOCK8
+
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+EXACT = [W2, W3, W4, W8, W4A8, QuantScheme(2, None), QuantScheme(5, 64, torch.float32)]
+
+
+@pytest.fixture(scope="module")
+def language_model() -> nn.Module:
+    return load_pretrained("docs-lm").eval()
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(10, 4000, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("scheme", EXACT, ids=str)
+@pytest.mark.parametrize("method", ["absmax", "lsq"])
+@torch.no_grad()
+def test_logits_are_equal(language_model, ids, scheme, method):
+    q = convert(prepare_qat(language_model, scheme, method, embeddings=True))
+    theirs = to_torchao(q)
+    assert not any(type(m).__module__.startswith("companion") for m in theirs.modules())
+    assert torch.equal(theirs(ids).logits, q(ids).logits)
+    assert theirs.lm_head.weight is theirs.get_input_embeddings().weight  # still tied
+
+
+@torch.no_grad()
+def test_eight_bit_inputs_agree_with_the_int8_kernel():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(256, 64))
+    x = 3 * torch.randn(16, 256) - 1
+    q = convert(prepare_qat(layer, W8A8, "absmax"))
+    expected = q(x)
+    assert torch.allclose(to_torchao(q)(x), expected, atol=1e-5 * expected.abs().max().item())
+    assert not torch.allclose(expected, layer(x), atol=1e-3)  # rounding does show
+
+
+@torch.no_grad()
+def test_eight_bits_with_an_embedding(ids):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(4096, 32), nn.Linear(32, 8))
+    q = convert(prepare_qat(net, W8A8, "absmax", embeddings=True))
+    theirs = to_torchao(q)
+    assert torch.equal(theirs[0](ids), q[0](ids))
+    assert torch.allclose(theirs(ids), q(ids), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_saved_model_and_its_bias_come_through(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4, bias=False))
+    q = convert(prepare_qat(net, QuantScheme(3, 8), "lsq"))
+    folder = save_quantized(q, tmp_path / "q")
+    x = torch.randn(5, 64)
+    theirs = to_torchao(load_quantized(folder, net))
+    assert torch.equal(theirs(x), q(x))
+    assert theirs[0].bias is not None
+    assert theirs[2].bias is None
+    assert torch.equal(q(x), theirs(x))  # the converted model was left as it is
+
+
+@torch.no_grad()
+def test_the_result_can_be_exported():
+    torch.manual_seed(0)
+    q = convert(prepare_qat(nn.Sequential(nn.Linear(64, 8)), W4A8, "lsq"))
+    x = torch.randn(3, 64)
+    program = torch.export.export(to_torchao(q), (x,))
+    assert torch.equal(program.module()(x), q(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", [W4, W2], ids=str)
+def test_half_precision_is_kept(scheme):
+    torch.manual_seed(0)
+    q = convert(prepare_qat(nn.Sequential(nn.Linear(64, 8)), scheme, "lsq")).to(torch.bfloat16)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    assert torch.equal(to_torchao(q)(x), q(x))
+
+
+def test_refusals():
+    layer = nn.Sequential(nn.Linear(64, 8))
+    with pytest.raises(WrongStage, match="convert it first"):
+        to_torchao(prepare_qat(layer, W4))
+    blocks = convert(prepare_qat(layer, QuantScheme(4, activations=BLOCK8)))
+    with pytest.raises(UnsupportedModel, match="no counterpart"):
+        to_torchao(blocks)

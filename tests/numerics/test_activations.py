@@ -1,0 +1,113 @@
+"""Dynamic activations against an independent reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from companion import Activations, choose_scale
+from companion.numerics.activations import fake_quantize_activations
+
+seeds = st.integers(0, 2**31)
+bits = st.integers(2, 8)
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference(row: list[float], form: Activations) -> list[tuple[float, float, bool]]:
+    """One group in double precision: each value's place, the step, and whether it is a tie."""
+    qmin, qmax = form.integers
+    if form.symmetric:
+        scale, zero = max(abs(v) for v in row) / ((qmax - qmin) / 2), 0
+    else:
+        low, high = min(*row, 0.0), max(*row, 0.0)
+        scale = (high - low) / (qmax - qmin)
+        zero = min(max(qmin - round(low / scale), qmin), qmax)
+    places = [min(max(round(v / scale) + zero, qmin), qmax) - zero for v in row]
+    ties = [abs(v / scale % 1 - 0.5) < 1e-4 for v in row]
+    return [(place * scale, scale, tie) for place, tie in zip(places, ties, strict=True)]
+
+
+FORMS = [
+    Activations(width, granularity, symmetric, span)
+    for width in (4, 8)
+    for granularity in ("token", "tensor", "block")
+    for symmetric, span in ((False, None), (True, None), (False, (0, 2 ** (width - 1) - 1)))
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shift", [0.0, 3.0, -3.0])
+def test_activations_against_a_reference(form, shift):
+    x = (random(2, 3, 5, 32) + shift).double()
+    size = {"token": 32, "tensor": x.numel(), "block": 8}[form.granularity]
+    rows = [reference(row, form) for row in x.reshape(-1, size).tolist()]
+    expected, step, tie = torch.tensor(rows, dtype=torch.float64).view(*x.shape, 3).unbind(-1)
+    result = fake_quantize_activations(x.float(), form, 8)
+    assert (result.shape, result.dtype) == (x.shape, torch.float32)
+    # a tie falls to either side in single precision; a symmetric grid puts its largest on one
+    assert ((result - expected).abs() <= 1e-5 + 1.01 * step * tie).all()
+    assert tie.mean() < (0.2 if form.granularity == "block" else 0.05)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, bits, st.booleans(), st.sampled_from([-2.0, 0.0, 2.0]))
+def test_per_tensor_activations_equal_torch_forward_and_gradient(seed, bits, symmetric, shift):
+    ours = (random(seed, 4, 16) + shift).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    form = Activations(bits, "tensor", symmetric)
+    scale, zero_point = choose_scale(ours.flatten(), bits, symmetric=symmetric)
+    y = fake_quantize_activations(ours, form)
+    z = torch.fake_quantize_per_tensor_affine(
+        theirs, scale.item(), zero_point.item(), *form.integers
+    )
+    assert torch.equal(y, z)
+    upstream = random(seed + 1, 4, 16)
+    y.backward(upstream)
+    z.backward(upstream)
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_each_granularity_shares_its_scale_with_its_own_neighbours_only():
+    x = random(3, 4, 32)
+    changed = x.clone()
+    changed[0, 0] = 50.0
+    for granularity, touched in (("block", (0, 8)), ("token", (0, 32)), ("tensor", (None, None))):
+        form = Activations(4, granularity)
+        same = fake_quantize_activations(x, form, 8) == fake_quantize_activations(changed, form, 8)
+        outside = same.clone()
+        if granularity == "tensor":
+            assert not same.all(-1).any()
+        else:
+            outside[0, slice(*touched)] = True
+            assert outside.all()
+            assert not same[0, slice(*touched)].all()
+
+
+def test_zero_stays_zero_and_a_constant_row_survives():
+    for form in FORMS:
+        x = torch.tensor([[0.0] * 8, [0.0, 2.5] * 4])
+        y = fake_quantize_activations(x, form, 8)
+        assert torch.equal(y[:, 0], torch.zeros(2))
+        assert torch.isfinite(y).all()
+
+
+def test_activation_gradient_goes_straight_through():
+    x = random(4, 6, 32).requires_grad_()
+    form = Activations(8, "token")
+    upstream = random(5, 6, 32)
+    fake_quantize_activations(x, form).backward(upstream)
+    # the grid spans the row, so at most its two ends can fall outside, by a rounded zero point
+    outside = x.grad == 0
+    assert (outside.sum(-1) <= 1).all()
+    assert torch.equal(x.grad[~outside], upstream[~outside])
+
+
+def test_bfloat16_inputs_are_rounded_in_float32():
+    x = random(6, 4, 32).bfloat16()
+    form = Activations(8, "token")
+    y = fake_quantize_activations(x, form)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, fake_quantize_activations(x.float(), form).bfloat16())

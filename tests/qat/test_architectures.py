@@ -1,0 +1,294 @@
+"""Real architectures drawn small, and the course's real weights: trained = converted = reloaded."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from companion import (
+    W2,
+    W3,
+    W4,
+    W4A8,
+    W8,
+    W8A8,
+    QuantScheme,
+    convert,
+    fit,
+    load_pretrained,
+    load_quantized,
+    prepare_qat,
+    save_quantized,
+)
+from companion.errors import NothingToTrain, UnsupportedModel
+from companion.qat.layers import DynamicInt8Linear, Packed, QuantizedEmbedding, QuantizedLinear
+from companion.qat.saved import WEIGHTS
+
+COMMON = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "vocab_size": 96, "max_position_embeddings": 64,
+          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+HEADS = {**GROUPED, "head_dim": 16}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64,
+        "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 96,
+      "decoder_start_token_id": 0}  # fmt: skip
+TINY = {
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, GROUPED),
+    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, HEADS),
+    "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, {**HEADS, "sliding_window": 8}),
+    "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config, GROUPED),
+    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, GPT2),
+    "bert": (hf.BertForMaskedLM, hf.BertConfig, COMMON),
+    "t5": (hf.T5ForConditionalGeneration, hf.T5Config, T5),
+    "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, {**GROUPED, "num_local_experts": 4}),
+}
+DENSE = [name for name in TINY if name != "mixtral"]
+LAYERS = {"llama": 15, "qwen3": 15, "gemma3": 14, "phi3": 9, "gpt2": 8, "bert": 13, "t5": 32}
+SCHEMES = [W8, W4, W3, W2, W4A8, QuantScheme(4, 64), QuantScheme(2, None)]
+DTYPES = [torch.float32, torch.bfloat16]
+IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def short(scheme: QuantScheme) -> str:
+    return f"W{scheme.weight_bits}{'A8' if scheme.activations else ''}-{scheme.group_size}"
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32, **config) -> hf.PreTrainedModel:
+    """Draw a small model whose biases and norms are not the zeros and ones they start from."""
+    kind, configuration, options = TINY[name]
+    torch.manual_seed(0)
+    model = kind(configuration(**{**options, **config}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()  # with a gradient, T5's attention takes another kernel
+def outputs(model, ids: torch.Tensor = IDS) -> torch.Tensor:
+    decoder = {"decoder_input_ids": ids} if model.config.model_type == "t5" else {}
+    return model(input_ids=ids, **decoder)[0]
+
+
+@cache
+def pretrained(name: str) -> hf.PreTrainedModel:
+    return load_pretrained(name)
+
+
+def check_trained_equals_converted_equals_reloaded(model, scheme, folder, **options):
+    prepared = prepare_qat(model, scheme, **options).eval()
+    converted = convert(prepared)
+    expected = outputs(prepared)
+    assert torch.equal(outputs(converted), expected)
+    assert not torch.equal(outputs(model), expected)
+    reloaded = load_quantized(save_quantized(converted, folder))
+    assert type(reloaded) is type(model)
+    assert torch.equal(outputs(reloaded), expected)
+    return prepared, converted, reloaded
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=short)
+@pytest.mark.parametrize("name", DENSE)
+def test_tiny_models(name, scheme, dtype, tmp_path):
+    prepared, *_ = check_trained_equals_converted_equals_reloaded(
+        tiny(name, dtype), scheme, tmp_path
+    )
+    assert len(prepared.quantization.layers) == LAYERS[name]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "scheme", [*SCHEMES[:5], QuantScheme(4, 128), QuantScheme(2, None)], ids=short
+)
+@pytest.mark.parametrize("name", ["docs-lm", "sentence-transformers/all-MiniLM-L6-v2"])
+def test_real_weights(name, scheme, dtype, tmp_path):
+    model = copy.deepcopy(pretrained(name)).to(dtype)
+    check_trained_equals_converted_equals_reloaded(model, scheme, tmp_path)
+
+
+@pytest.mark.parametrize("name", [*DENSE, "docs-lm", "sentence-transformers/all-MiniLM-L6-v2"])
+def test_w8a8_runs_on_the_kernel_within_its_tolerance(name, tmp_path):
+    model = tiny(name) if name in TINY else pretrained(name)
+    prepared = prepare_qat(model, W8A8).eval()
+    converted = convert(prepared)
+    assert any(isinstance(m, DynamicInt8Linear) for m in converted.modules())
+    expected, result = outputs(prepared), outputs(converted)
+    assert (result - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(outputs(load_quantized(save_quantized(converted, tmp_path))), result)
+
+
+def test_w8a8_makes_a_row_depend_on_its_batch_and_w4a8_does_not():
+    for scheme, depends in ((W8A8, True), (W4A8, False)):
+        model = prepare_qat(tiny("llama"), scheme).eval()
+        moved = (outputs(model, IDS[:1]) - outputs(model)[:1]).abs().max()
+        assert bool(moved > 1e-4) is depends
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_tied_embedding_and_head_share_one_rounded_weight(name, tmp_path):
+    model = tiny(name, tie_word_embeddings=True)
+    prepared, converted, reloaded = check_trained_equals_converted_equals_reloaded(
+        model, W4, tmp_path, embeddings=True
+    )
+    table, head = prepared.get_input_embeddings(), prepared.get_output_embeddings()
+    assert head.weight is table.weight
+    hidden = torch.randn(3, 64)
+    rounded = table.quantizer(table.weight)
+    for m in (converted, reloaded):
+        head = m.get_output_embeddings()
+        assert head.integers.data_ptr() == m.get_input_embeddings().integers.data_ptr()
+        assert head.scale.data_ptr() == m.get_input_embeddings().scale.data_ptr()
+        assert torch.equal(head(hidden), F.linear(hidden, rounded, head.bias))
+        assert torch.equal(m.get_input_embeddings()(IDS), table(IDS))
+    names = [n for n in load_file(tmp_path / WEIGHTS) if n.endswith("integers")]
+    packed = {id(m.integers) for m in converted.modules() if isinstance(m, Packed)}
+    assert len(names) == len(packed) == len(prepared.quantization.layers) - 1
+
+
+def test_saving_what_was_loaded_writes_the_same_weights(tmp_path):
+    model = tiny("llama", tie_word_embeddings=True)
+    *_, reloaded = check_trained_equals_converted_equals_reloaded(
+        model, W4, tmp_path / "a", embeddings=True
+    )
+    save_quantized(reloaded, tmp_path / "b")
+    first, second = ((tmp_path / folder / WEIGHTS).read_bytes() for folder in "ab")
+    assert first == second
+
+
+def test_tying_saves_exactly_the_bytes_of_one_table(tmp_path):
+    sizes = []
+    for tied in (True, False):
+        model = tiny("llama", tie_word_embeddings=tied)
+        folder = tmp_path / str(tied)
+        *_, converted, _ = check_trained_equals_converted_equals_reloaded(
+            model, W4, folder, embeddings=True
+        )
+        assert isinstance(converted.model.embed_tokens, QuantizedEmbedding)
+        assert isinstance(converted.lm_head, QuantizedLinear)
+        sizes.append(sum(t.nbytes for t in load_file(folder / WEIGHTS).values()))
+        header = int.from_bytes((folder / WEIGHTS).read_bytes()[:8], "little")
+        assert (folder / WEIGHTS).stat().st_size == 8 + header + sizes[-1]
+    assert sizes[1] - sizes[0] == 96 * 64 // 2 + 96 * 2 * 2  # integers and scales
+
+
+def test_gemmas_scaled_embedding_stays_float_together_with_its_head(tmp_path):
+    prepared, converted, _ = check_trained_equals_converted_equals_reloaded(
+        tiny("gemma3"), W4, tmp_path, embeddings=True
+    )
+    assert "forward of its own" in prepared.quantization.skipped["model.embed_tokens"]
+    assert prepared.quantization.skipped["lm_head"] == "tied to model.embed_tokens"
+    assert converted.lm_head.weight is converted.model.embed_tokens.weight
+
+
+FRESH = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from companion import load_quantized
+ids = load_file(sys.argv[1] + "/ids.safetensors")["ids"]
+with torch.no_grad():
+    save_file({"logits": load_quantized(sys.argv[1])(ids).logits}, sys.argv[1] + "/out.safetensors")
+"""
+
+
+def test_a_fresh_process_computes_the_same(tmp_path):
+    converted = convert(prepare_qat(tiny("llama", torch.bfloat16), W3, embeddings=True))
+    save_quantized(converted, tmp_path)
+    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], check=True,
+                   env=os.environ | threads)  # fmt: skip
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["logits"], outputs(converted))
+
+
+@pytest.mark.parametrize("option", [{"dtype": torch.bfloat16}, {"attn_implementation": "eager"}])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
+def test_reloaded_as_it_was_when_it_came_from_pretrained(name, option, tmp_path):
+    tiny(name).save_pretrained(tmp_path / "float")
+    model = TINY[name][0].from_pretrained(tmp_path / "float", **option)
+    *_, reloaded = check_trained_equals_converted_equals_reloaded(model, W4, tmp_path / "w4")
+    kept = {n: b.dtype for n, b in model.named_buffers()}
+    assert {n: b.dtype for n, b in reloaded.named_buffers() if n in kept} == kept
+
+
+def test_a_classifier_keeps_its_labels(tmp_path):
+    torch.manual_seed(0)
+    model = hf.BertForSequenceClassification(hf.BertConfig(**COMMON, num_labels=3)).eval()
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    *_, reloaded = check_trained_equals_converted_equals_reloaded(
+        model, W4, tmp_path, skip=["classifier"]
+    )
+    assert reloaded.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"
+
+
+def test_mixture_of_experts_is_refused_unless_its_experts_are_skipped(tmp_path):
+    model = tiny("mixtral")
+    with pytest.raises(UnsupportedModel, match=r"layers\.0\.mlp\.experts\.gate_up_proj .*skip="):
+        prepare_qat(model, W4)
+    prepared, *_ = check_trained_equals_converted_equals_reloaded(
+        model, W4, tmp_path, skip=["*.experts"]
+    )
+    attention = [n for n in prepared.quantization.layers if "self_attn" in n]
+    assert len(attention) == 8
+
+
+ROWS = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(1))
+
+
+def test_trains_in_fit():
+    prepared = prepare_qat(tiny("llama"), W2)
+    data = [{"input_ids": ROWS[i : i + 4], "labels": ROWS[i : i + 4]} for i in (0, 4)]
+    history = fit(prepared, data, steps=20, lr=5e-3)
+    assert history.loss[-1] < 0.7 * history.loss[0]
+    with pytest.raises(NothingToTrain):
+        fit(convert(prepared), data, steps=1)
+
+
+def test_trains_in_the_trainer_of_transformers(tmp_path):
+    prepared = prepare_qat(tiny("llama"), W4A8)
+    start = copy.deepcopy(prepared.state_dict())
+    arguments = hf.TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], save_strategy="no", max_steps=12, logging_steps=1,
+        gradient_accumulation_steps=2, per_device_train_batch_size=4, learning_rate=5e-3,
+        lr_scheduler_type="constant", disable_tqdm=True, use_cpu=True)  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in ROWS]
+    trainer = hf.Trainer(model=prepared, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+    moved = [not torch.equal(start[n], p) for n, p in prepared.named_parameters()]
+    assert all(moved)
+    assert torch.equal(outputs(convert(prepared)), outputs(prepared.eval()))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        prepared = prepare_qat(tiny("llama"), W3).train()
+        if checkpointing:
+            prepared.gradient_checkpointing_enable()
+            assert prepared.is_gradient_checkpointing
+        prepared(input_ids=ROWS, labels=ROWS).loss.backward()
+        gradients.append([p.grad for p in prepared.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("scheme", [W4, W2, W4A8], ids=short)
+def test_autocast_sees_the_same_before_and_after_conversion(scheme):
+    prepared = prepare_qat(tiny("qwen3"), scheme).eval()
+    plain = outputs(prepared)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = outputs(prepared)
+        assert torch.equal(outputs(convert(prepared)), mixed)
+    assert not torch.equal(plain, mixed.float())

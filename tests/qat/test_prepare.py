@@ -1,0 +1,283 @@
+"""From float to rounded to integers: what is prepared, what is refused, and that it trains."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from companion import W2, W3, W4, W4A8, W8, W8A8, QuantScheme, convert, fit, prepare_qat
+from companion.errors import (
+    NothingToQuantize,
+    NothingToTrain,
+    SchemeError,
+    UnknownLayer,
+    UnsupportedModel,
+    WrongStage,
+)
+from companion.qat.layers import FakeQuantEmbedding, FakeQuantLinear, QuantizedLinear
+from companion.qat.ranges import METHODS
+
+
+class Block(nn.Module):
+    """Residual, with names two levels deep."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128, bias=False), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), nn.LayerNorm(64), Block(), nn.Linear(64, 3)).to(dtype)
+
+
+def inputs(dtype: torch.dtype = torch.float32, rows: int = 24) -> torch.Tensor:
+    return torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def batches() -> list:
+    x = inputs(rows=64)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    return [(x[i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
+
+
+@pytest.mark.parametrize("scheme", [W8, W4, W3, W2, QuantScheme(5, 16), QuantScheme(4, None), W4A8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_converted_equals_prepared(scheme, dtype, method):
+    prepared, x = prepare_qat(model(dtype), scheme, method).eval(), inputs(dtype)
+    converted = convert(prepared)
+    assert prepared(x).dtype == dtype
+    assert torch.equal(converted(x), prepared(x))
+    assert not torch.equal(prepared(x), model(dtype)(x))
+
+
+def test_weights_are_on_the_grid_by_an_independent_formula():
+    float_model = model()
+    converted = convert(prepare_qat(float_model, W3, "absmax"))
+    groups = float_model[2].down.weight.detach().reshape(64, 4, 32)
+    scale = (groups.abs().amax(-1, keepdim=True) / 3.5).half().float()
+    expected = torch.round(groups * (1 / scale)).clamp(-4, 3) * scale
+    assert torch.equal(converted[2].down.weight, expected.reshape(64, 128))
+
+
+def test_the_float_model_is_left_as_it_is():
+    float_model = model()
+    before = copy.deepcopy(float_model.state_dict())
+    fit(prepare_qat(float_model, W4), batches(), steps=3)
+    assert all(torch.equal(before[k], v) for k, v in float_model.state_dict().items())
+    assert type(float_model[0].up) is nn.Linear
+    assert not hasattr(float_model, "quantization")
+
+
+def test_prepared_keeps_names_parameters_mode_and_hooks():
+    float_model, seen = model().train(), []
+    float_model[3].register_forward_hook(lambda *_: seen.append(1))
+    learned = prepare_qat(float_model, W4).state_dict()  # a learned range adds its own tensors only
+    assert [n for n in learned if ".quantizer." not in n] == list(float_model.state_dict())
+    prepared = prepare_qat(float_model, W4, "absmax")
+    assert list(prepared.state_dict()) == list(float_model.state_dict())
+    assert [n for n, _ in prepared.named_parameters()] == [
+        n for n, _ in float_model.named_parameters()
+    ]
+    assert prepared.training
+    prepared(inputs())
+    assert seen == [1]
+    prepared.load_state_dict(float_model.state_dict())
+
+
+def test_convert_leaves_the_prepared_model_trainable_and_stops_gradients():
+    prepared = prepare_qat(model(), W4).train()
+    converted = convert(prepared)
+    assert prepared.training
+    assert all(p.requires_grad for p in prepared.parameters())
+    assert not converted.training
+    assert not any(p.requires_grad for p in converted.parameters())
+    assert not any("weight" in n for n, _ in converted.named_parameters() if not n.startswith("1."))
+
+
+def test_one_layer_alone_is_a_model_too():
+    prepared = prepare_qat(nn.Linear(64, 8), W4)
+    converted = convert(prepared)
+    assert isinstance(converted, QuantizedLinear)
+    assert torch.equal(converted(inputs()), prepared(inputs()))
+
+
+def test_a_layer_used_under_two_names_is_converted_under_both():
+    shared = nn.Linear(64, 64)
+    converted = convert(prepare_qat(nn.Sequential(shared, nn.ReLU(), shared), W4))
+    assert isinstance(converted[0], QuantizedLinear)
+    assert converted[0] is converted[2]
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ("0.up", ["0.up"]),
+        (["up"], ["0.up", "2.up"]),
+        (["2"], ["2.up", "2.down"]),
+        (("*.down", "3"), ["0.down", "2.down", "3"]),
+    ],
+)
+def test_skip_takes_names_ends_blocks_and_patterns(skip, left):
+    prepared = prepare_qat(model(), W4, skip=skip)
+    assert list(prepared.quantization.skipped) == left
+    assert sorted(prepared.quantization.layers + left) == sorted(
+        ["0.up", "0.down", "2.up", "2.down", "3"]
+    )
+    for name in left:
+        assert type(prepared.get_submodule(name)) is nn.Linear
+
+
+def test_embeddings_stay_unless_asked_for():
+    def build(tied):
+        torch.manual_seed(0)
+        m = nn.Sequential(nn.Embedding(20, 64), nn.Linear(64, 20, bias=False))
+        if tied:
+            m[1].weight = m[0].weight
+        return m
+
+    ids = torch.arange(20)
+    assert prepare_qat(build(False), W4).quantization.layers == ["1"]
+    with pytest.raises(NothingToQuantize):  # the output layer follows its embedding
+        prepare_qat(build(True), W4)
+    for tied in (False, True):
+        prepared = prepare_qat(build(tied), W4, embeddings=True)
+        assert isinstance(prepared[0], FakeQuantEmbedding)
+        assert (prepared[0].weight is prepared[1].weight) is tied
+        converted = convert(prepared)
+        assert torch.equal(prepared[0](ids), converted[0].weight)
+        assert torch.equal(converted(ids), prepared(ids))
+        assert (converted[0].integers is converted[1].integers) is tied
+    with pytest.raises(NothingToQuantize):
+        prepare_qat(build(True), W4, embeddings=True, skip=["1"])
+
+
+def train_by_hand(prepared, steps=30):
+    optimizer = torch.optim.AdamW(prepared.parameters(), lr=3e-3)
+    losses = []
+    for step in range(steps):
+        x, y = batches()[step % 4]
+        optimizer.zero_grad()
+        loss = F.cross_entropy(prepared(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("scheme", [W2, W4A8, W8A8])
+def test_trains_in_a_loop_of_ones_own(scheme):
+    prepared = prepare_qat(model(), scheme)
+    losses = train_by_hand(prepared)
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    start = prepare_qat(model(), scheme).state_dict()
+    moved = {k for k, v in prepared.state_dict().items() if not torch.equal(start[k], v)}
+    assert moved >= {k for k in start if not k.endswith(".first")}
+    if scheme is not W8A8:
+        assert torch.equal(convert(prepared)(inputs()), prepared.eval()(inputs()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_in_fit(method):
+    prepared = prepare_qat(model(), W2, method)
+    history = fit(prepared, batches(), steps=30, lr=3e-3)
+    assert sum(history.loss[-4:]) < 0.7 * sum(history.loss[:4])
+    assert not torch.equal(prepared[0].up.weight, model()[0].up.weight)
+
+
+def test_a_converted_model_does_not_train():
+    with pytest.raises(NothingToTrain, match="Train before convert"):
+        fit(convert(prepare_qat(model(), W4)), batches(), steps=1)
+
+
+def test_deepcopy_and_state_dict_carry_a_prepared_model():
+    prepared = prepare_qat(model(), W2)
+    train_by_hand(prepared, 3)
+    twin = copy.deepcopy(prepared)
+    fresh = prepare_qat(model(), W2)
+    fresh.load_state_dict(prepared.state_dict())
+    for other in (twin, fresh):
+        assert torch.equal(other(inputs()), prepared(inputs()))
+        assert torch.equal(convert(other)(inputs()), prepared(inputs()))
+    train_by_hand(twin, 2)
+    assert not torch.equal(twin(inputs()), prepared(inputs()))
+    assert isinstance(twin[0].up, FakeQuantLinear)
+
+
+def test_a_converted_model_survives_deepcopy_and_state_dict():
+    converted, other = convert(prepare_qat(model(), W4)), convert(prepare_qat(model(), W4))
+    for buffer in other.buffers():
+        buffer.zero_()
+    other.load_state_dict(converted.state_dict())
+    for twin in (other, copy.deepcopy(converted)):
+        assert torch.equal(twin(inputs()), converted(inputs()))
+
+
+def test_the_report_says_what_was_swapped(caplog):
+    with caplog.at_level(logging.INFO, logger="companion.qat.prepare"):
+        prepared = prepare_qat(model(), QuantScheme(4, None), skip=["3"])
+    assert str(prepared.quantization) == (
+        "4 layers quantized (4 bits, group size row, lsq); 1 stay in floating point:\n"
+        "  3: skipped by '3'"
+    )
+    assert str(prepared.quantization) in caplog.text
+
+
+def test_errors_of_prepare():
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with pytest.raises(NothingToQuantize, match=r"made of Conv2d, ReLU.*use QuantWrapper"):
+        prepare_qat(conv, W4)
+    with pytest.raises(NothingToQuantize, match="with skip="):
+        prepare_qat(model(), W4, skip=["*"])
+    with pytest.raises(UnknownLayer, match=r"'lm_head' matches no layer.*0\.up, 0\.down, 2\.up"):
+        prepare_qat(model(), W4, skip=["3", "lm_head"])
+    with pytest.raises(SchemeError, match=r"48 does not divide the 64 inputs of 0\.up \(and 4 more"
+                                          r".*could be 2, 4, 8, 16, 32, 64, or None"):  # fmt: skip
+        prepare_qat(model(), QuantScheme(4, 48))
+    with pytest.raises(
+        SchemeError, match=r"'slq' is unknown: choose one of absmax, absmax-torchao"
+    ):
+        prepare_qat(model(), W4, "slq")
+    dynamic = torch.ao.quantization.quantize_dynamic(model(), {nn.Linear})
+    with pytest.raises(UnsupportedModel, match=r"0\.up \(Linear\) holds quantized weights already"):
+        prepare_qat(dynamic, W4)
+
+
+def test_errors_of_order():
+    prepared = prepare_qat(model(), W4)
+    converted = convert(prepared)
+    with pytest.raises(WrongStage, match=r"prepared already \(0\.up\)"):
+        prepare_qat(prepared, W4)
+    with pytest.raises(WrongStage, match=r"converted already \(0\.up\)"):
+        prepare_qat(converted, W4)
+    with pytest.raises(WrongStage, match="this one is converted already"):
+        convert(converted)
+    with pytest.raises(WrongStage, match="this one was not prepared"):
+        convert(model())
+    with pytest.raises(SchemeError, match=r"prepared with .*weight_bits=4.* not with .*=3"):
+        convert(prepared, W3)
+    assert torch.equal(convert(prepared, QuantScheme(4, 32))(inputs()), converted(inputs()))
+
+
+def test_weights_too_large_for_float16_scales_are_refused():
+    large = nn.Sequential(nn.Linear(64, 8))
+    with torch.no_grad():
+        large[0].weight[0, 0] = 1e9
+    with pytest.raises(SchemeError, match=r"0 are too large for torch\.float16"):
+        prepare_qat(large, W4)
+    prepare_qat(large, QuantScheme(4, 32, torch.float32))
+
+
+def test_a_model_that_training_broke_is_not_converted():
+    prepared = prepare_qat(model(), W4)
+    with torch.no_grad():
+        prepared[2].up.weight[3, 5] = float("nan")
+    with pytest.raises(SchemeError, match=r"2\.up are too large .* or not finite"):
+        convert(prepared)

@@ -1,0 +1,198 @@
+"""How the range of the weights is chosen, each method against its paper's formula."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from companion import (
+    QuantScheme,
+    choose_scale,
+    convert,
+    dequantize,
+    fake_quantize,
+    fit,
+    prepare_qat,
+)
+from companion.errors import SchemeError
+from companion.numerics.affine import to_groups
+from companion.qat.ranges import METHODS, Absmax, LearnedStepSize, best_ratio, make_quantizer
+
+seeds = st.integers(0, 2**31)
+bits = st.integers(2, 8)
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, bits, st.sampled_from([16, 32, None]), st.sampled_from(list(METHODS)),
+       st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))  # fmt: skip
+def test_what_training_sees_is_what_is_stored(seed, bits, group_size, method, scale_dtype):
+    weight = random(seed, 6, 64)
+    quantizer = make_quantizer(QuantScheme(bits, group_size, scale_dtype), method, weight)
+    integers, scale = quantizer.integers(weight)
+    assert (integers.dtype, integers.shape) == (torch.int8, weight.shape)
+    assert (scale.dtype, scale.shape) == (scale_dtype, (6, 64 // (group_size or 64)))
+    stored = dequantize(to_groups(integers, group_size), scale[..., None]).view_as(weight)
+    assert torch.equal(quantizer(weight), stored)
+
+
+def test_the_scale_is_rounded_before_weights_are():
+    weight = random(0, 8, 64)
+    quantizer = make_quantizer(QuantScheme(4, 32))  # float16 scales
+    groups = to_groups(weight, 32)
+    exact, _ = choose_scale(groups, 4)
+    scale = exact.half().float()
+    assert not torch.equal(scale, exact)
+    expected = torch.round(groups * (1 / scale)).clamp(-8, 7) * scale
+    assert torch.equal(quantizer(weight), expected.view(8, 64))
+    assert torch.equal(quantizer.integers(weight)[1], exact[..., 0].half())
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+def test_gradients_differ_at_the_ends_of_the_grid_only(width):
+    weight = random(1, 6, 64).requires_grad_()
+    scheme = QuantScheme(width, 32, torch.float32)
+    grads = {}
+    for method in ("absmax", "absmax-torchao-gradient"):
+        result = make_quantizer(scheme, method)(weight)
+        (grads[method],) = torch.autograd.grad(result.sum(), weight)
+    qmin, qmax = scheme.integers
+    groups = to_groups(weight.detach(), 32)
+    scale = groups.abs().amax(-1, keepdim=True) / ((qmax - qmin) / 2)
+    place = torch.round(groups * (1 / scale)).view(6, 64)
+    assert torch.equal(grads["absmax"], ((place >= qmin) & (place <= qmax)).float())
+    assert torch.equal(grads["absmax-torchao-gradient"], ((place > qmin) & (place < qmax)).float())
+    assert not torch.equal(grads["absmax"], grads["absmax-torchao-gradient"])
+
+
+def test_unknown_method_lists_the_known_ones():
+    with pytest.raises(SchemeError, match=r"'slq' is unknown.*absmax, .*, lsq"):
+        make_quantizer(QuantScheme(4), "slq")
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.5])
+def test_learned_step_by_hand(scale):
+    """Esser et al., equation 3, on one group: two values inside a 3-bit range, two outside."""
+    quantizer = LearnedStepSize(QuantScheme(3, 4, torch.float32))
+    quantizer.start_at(torch.tensor([[[scale]]]))
+    ratios = torch.tensor([0.6, -2.3, 5.0, -9.0])  # w / s; the integers run from -4 to 3
+    weight = (ratios * scale)[None].requires_grad_()
+    upstream = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    result = quantizer(weight)
+    assert torch.equal(result, torch.tensor([[1.0, -2.0, 3.0, -4.0]]) * scale)
+    result.backward(upstream)
+    # round(w/s) - w/s inside, the end of the range outside
+    slopes = torch.tensor([1 - 0.6, -2 + 2.3, 3.0, -4.0])
+    gradient_scale = 1 / (4 * 3) ** 0.5  # 1 / sqrt(n * Qp)
+    by_hand = float((upstream[0] * slopes).sum()) * gradient_scale
+    # what the optimizer sees is the scale over its first value
+    assert quantizer.step.grad.item() == pytest.approx(by_hand * scale, rel=1e-5)
+    assert torch.equal(weight.grad, upstream * torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+
+
+def test_learned_step_gradient_is_the_slope_of_the_loss_where_values_are_clipped():
+    """Outside the range the result is exactly proportional to the scale: finite differences."""
+    weight = torch.tensor([[9.0, -9.0, 9.0, 7.0]])
+    quantizer = LearnedStepSize(QuantScheme(2, 4, torch.float32))
+    quantizer.start_at(torch.tensor([[[0.5]]]))
+    before = quantizer(weight).sum()
+    before.backward()
+    quantizer.step.data.fill_(1.01)
+    slope = (quantizer(weight).sum() - before).item() / 0.01
+    assert quantizer.step.grad.item() == pytest.approx(slope / (4 * 1) ** 0.5, rel=1e-3)
+
+
+def test_the_rounded_scale_is_what_learned_training_sees():
+    weight = random(2, 4, 64)
+    quantizer = make_quantizer(QuantScheme(4, 32), "lsq", weight)  # float16 scales
+    quantizer.step.data.mul_(1.0003)
+    integers, scale = quantizer.integers(weight)
+    assert scale.dtype == torch.float16
+    stored = dequantize(to_groups(integers, 32), scale[..., None]).view_as(weight)
+    assert torch.equal(quantizer(weight), stored)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.integers(2, 3))
+def test_searched_range_beats_every_scale_of_a_finer_search(seed, bits):
+    scheme = QuantScheme(bits, 16, torch.float32)
+    groups = to_groups(random(seed, 3, 32), 16)
+    absmax = choose_scale(groups, bits)[0]
+
+    def error(scale):
+        return (fake_quantize(groups, scale, bits=bits) - groups).square().sum(-1)
+
+    found = error(absmax * best_ratio(groups, scheme))
+    assert (found <= error(absmax) + 1e-6).all()
+    finer = torch.stack(
+        [error(absmax * r) for r in torch.linspace(-1.1, 1.1, 400) if r.abs() > 0.2]
+    )
+    assert (found <= 1.05 * finer.amin(0) + 1e-6).all()  # the coarse search loses next to nothing
+
+
+def test_a_negative_scale_turns_the_grid_around():
+    scheme = QuantScheme(2, 4, torch.float32)
+    weight = torch.tensor([[-1.0, 0.0, 1.0, 2.0]])  # the integers -2 to 1 hold its mirror image
+    quantizer = make_quantizer(scheme, "mse", weight)
+    integers, scale = quantizer.integers(weight)
+    assert scale.item() == pytest.approx(-1.0)
+    assert integers.tolist() == [[1, 0, -1, -2]]
+    assert torch.allclose(quantizer(weight), weight)
+
+
+def test_clipped_range_follows_the_weights():
+    weight = random(3, 4, 32)
+    quantizer = make_quantizer(QuantScheme(3, 32, torch.float32), "mse", weight)
+    assert torch.allclose(quantizer(2 * weight), 2 * quantizer(weight))
+
+
+@pytest.mark.parametrize("method", ["mse", "lsq"])
+def test_tied_embedding_shares_its_range(method):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(10, 32)
+            self.head = torch.nn.Linear(32, 10, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.embed(ids))
+
+    torch.manual_seed(0)
+    qat = prepare_qat(Tied(), QuantScheme(2, 16), method, embeddings=True)
+    assert qat.embed.quantizer is qat.head.quantizer
+    if method == "lsq":
+        qat.embed.quantizer.step.data[3:].mul_(1.2)
+    ids = torch.tensor([[1, 7, 7, 3]])
+    assert torch.equal(qat.embed(ids), qat.embed.quantizer(qat.embed.weight)[ids])
+    assert torch.equal(convert(qat)(ids), qat.eval()(ids))
+
+
+def test_a_group_of_zeros_survives_search_and_training():
+    layer = torch.nn.Linear(32, 4, bias=False)
+    layer.weight.data[0] = 0
+    qat = prepare_qat(torch.nn.Sequential(layer), QuantScheme(2, 16))
+    x = random(8, 16, 32)
+    fit(qat, [(x, torch.arange(16) % 4)], steps=20, lr=1e-2, progress=False)
+    assert all(value.isfinite().all() for value in qat.state_dict().values())
+    assert convert(qat)(x).isfinite().all()
+
+
+def test_eight_bits_keep_positive_scales_for_their_kernels():
+    weight = random(9, 16, 64)
+    assert (best_ratio(to_groups(weight, 32), QuantScheme(8)) > 0).all()
+    assert (best_ratio(to_groups(weight, 32), QuantScheme(4)) < 0).any()
+
+
+def test_a_method_of_ones_own():
+    class Halved(Absmax):
+        def scale(self, groups, rows=None):
+            return super().scale(groups) / 2
+
+    model = torch.nn.Sequential(torch.nn.Linear(32, 4))
+    qat = prepare_qat(model, QuantScheme(4), Halved)
+    assert "Halved" in str(qat.quantization)
+    assert torch.equal(convert(qat)(torch.ones(1, 32)), qat(torch.ones(1, 32)))

@@ -1,0 +1,74 @@
+"""The arms of a comparison: when rounding begins, and LoRA inside the fake quantization."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from companion import W2, W4, convert, fit, load_pretrained, load_task
+from companion.qat.layers import FakeQuantLinear, Packed
+from companion.study.recipes import ARMS, Arm, lora
+
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return load_task("language-reference", batch_size=2)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_ends_in_packed_integers(name, task):
+    torch.manual_seed(0)
+    arm = ARMS[name]
+    assert arm.name == name
+    model = arm.finish(arm.prepare(load_pretrained("docs-lm"), W4, task, ()))
+    assert sum(isinstance(module, Packed) for module in model.modules()) == 28
+    assert not any(isinstance(module, FakeQuantLinear) for module in model.modules())
+
+
+def test_steps_add_up():
+    assert Arm("x", float_share=0.25).steps(400) == (100, 300)
+    assert Arm("x", float_share=1.0).steps(7) == (7, 0)
+    assert Arm("x").steps(7) == (0, 7)
+
+
+def test_lora_trains_little_and_merges_without_a_change(task):
+    batch = next(iter(task.train))
+    start = load_pretrained("docs-lm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = lora(start, W2)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 28
+    assert all("lora_" in name for name in trained)
+    history = fit(model, [batch], steps=8, lr=1e-2, progress=False)
+    assert history.loss[-1] < 0.9 * history.loss[0]
+    model.eval()
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        merged = model.merge_and_unload()
+        after, converted = merged(input_ids=ids).logits, convert(merged)(input_ids=ids).logits
+        untrained = start.eval()(input_ids=ids).logits
+    assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
+    assert torch.equal(after, converted)
+    assert not torch.allclose(before, untrained, atol=0.1)
+    weights = [merged.get_submodule(n).weight for n in merged.quantization.layers]
+    assert not any(torch.equal(w, start.get_submodule(n).weight)
+                   for w, n in zip(weights, merged.quantization.layers, strict=True))  # fmt: skip
+
+
+def test_an_adapter_outside_the_rounding_would_not_survive_it():
+    """Why the update goes into the parameter: added to the output, it would be rounded late."""
+    torch.manual_seed(0)
+    weight, update = torch.randn(32, 32), 0.3 * torch.randn(32, 4) @ torch.randn(4, 32)
+    layer = nn.Linear(32, 32, bias=False)
+    layer.weight.data = weight
+    from companion import prepare_qat
+
+    quantizer = prepare_qat(nn.Sequential(layer), W2)[0].quantizer
+    outside = quantizer(weight) + update
+    assert not torch.allclose(outside, quantizer(weight + update), atol=0.1)

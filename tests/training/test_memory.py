@@ -1,0 +1,101 @@
+"""The arithmetic of memory against what autograd keeps, and against a process that trains."""
+
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from companion import W4, fit, prepare_qat
+from companion.training.memory import PeakMemory, TrainingMemory, training_memory
+
+WIDTH, DEPTH = 1024, 24
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH)))
+
+
+def kept_for_backward(model: nn.Module) -> int:
+    """Bytes of distinct tensors that a forward pass keeps, but for the parameters themselves."""
+    own = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    x = torch.ones(1, WIDTH, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(tensor.nbytes for tensor in kept.values())
+
+
+@pytest.mark.parametrize("method", ["absmax", "mse", "lsq"])
+def test_what_rounding_keeps(method):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    kept = kept_for_backward(prepare_qat(model, W4, method)) - kept_for_backward(model)
+    expected = training_memory(WIDTH**2, WIDTH**2, method=method).rounding
+    assert kept == pytest.approx(expected, rel=0.02)  # scales are kept, too
+
+
+def train(rounded: bool) -> int:
+    model = net()
+    if rounded:
+        model = prepare_qat(model, W4, "lsq")
+    batch = (torch.randn(4, WIDTH), torch.tensor([0, 1, 2, 3]))
+    fit(nn.Linear(1, 2), [(torch.ones(1, 1), torch.tensor([0]))], steps=1, progress=False)
+    with PeakMemory() as peak:
+        fit(model, [batch], steps=3, lr=1e-5, progress=False)
+    return peak.bytes + sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_run_takes_what_was_added_up(rounded, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # glibc gives back what is freed
+    count = DEPTH * WIDTH**2
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        measured = pool.submit(train, rounded).result()
+    assert measured == pytest.approx(training_memory(count, count * rounded).peak, rel=0.1)
+
+
+def test_adapters_come_on_top_of_a_frozen_model():
+    memory = training_memory(1000, 1000, trained=10, weight_bytes=2, method="mse")
+    assert memory == TrainingMemory(2040, 40, 80, 6000)
+    assert memory.peak == 2040 + 80 + 6000
+    assert memory.at_peak == {
+        "weights": 2040, "moments": 80, "gradients": 0, "rounded copies": 6000
+    }  # fmt: skip
+
+
+def test_processes_share_everything_but_rounded_copies():
+    one, eight = training_memory(1000, 800), training_memory(1000, 800, processes=8)
+    assert (eight.weights, eight.gradients, eight.optimizer) == (500, 500, 1000)
+    assert eight.rounding == one.rounding == 7200
+    checkpointed = training_memory(1000, 800, processes=8, segments=10)
+    assert checkpointed.peak == 500 + 1000 + 0.9 * 500 + 720
+
+
+def take_and_give_back() -> int:
+    with PeakMemory() as peak:
+        x = torch.ones(25_000_000)
+        time.sleep(0.05)
+        del x
+    return peak.bytes
+
+
+def test_the_sampler_sees_what_is_gone_at_the_end():
+    """In a process of its own: what others free meanwhile would count against it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert 80e6 < pool.submit(take_and_give_back).result() < 200e6
+
+
+def test_what_is_unknown_is_refused():
+    with pytest.raises(ValueError, match="absmax, mse, lsq"):
+        training_memory(1, 1, method="median")
+    with pytest.raises(ValueError, match="cannot be measured"):
+        PeakMemory("meta")
