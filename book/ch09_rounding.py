@@ -26,7 +26,7 @@
 #
 # *Running time: about two minutes on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import math
 import tempfile
 import warnings
@@ -35,10 +35,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from myst_nb import glue
-from torch import nn
-from torch.utils.data import DataLoader, Subset
-
 from companion import (
     W2,
     W4,
@@ -58,15 +54,24 @@ from companion import (
     quantize,
     save_quantized,
     unpack,
-)  # fmt: skip
+)
 from companion.course.check import check
 from companion.course.figures import bars, curves, heatmap
 from companion.course.sources import MINILM, find, load_tokenizer
-from companion.evaluation.language import as_perplexity, document_losses, loss_difference
+from companion.evaluation.language import (
+    as_perplexity,
+    document_losses,
+    loss_difference,
+)
 from companion.numerics.activations import fake_quantize_activations
 from companion.numerics.affine import to_groups
+from myst_nb import glue
+from torch import nn
+from torch.utils.data import DataLoader, Subset
 
-warnings.filterwarnings("ignore")  # upstream's int8 kernel announces its removal; see chapter 5
+warnings.filterwarnings(
+    "ignore"
+)  # upstream's int8 kernel announces its removal; see chapter 5
 
 # %% [markdown]
 # ## One layer by hand
@@ -77,7 +82,9 @@ warnings.filterwarnings("ignore")  # upstream's int8 kernel announces its remova
 # %%
 model = load_pretrained("docs-lm").eval()
 name = "model.layers.0.mlp.down_proj"
-weight = model.get_submodule(name).weight.detach()  # (256 outputs, 512 inputs)
+weight = model.get_submodule(
+    name
+).weight.detach()  # (256 outputs, 512 inputs)
 groups = to_groups(weight, 32)  # (256, 16 groups, 32 weights)
 print(tuple(weight.shape), "->", tuple(groups.shape))
 
@@ -89,7 +96,9 @@ print(tuple(weight.shape), "->", tuple(groups.shape))
 
 # %%
 s = groups.abs().amax(-1, keepdim=True) / ((7 - -8) / 2)  # (256, 16, 1)
-q = torch.clamp(torch.round(groups * (1 / s)), -8, 7)  # multiply, as the kernels do
+q = torch.clamp(
+    torch.round(groups * (1 / s)), -8, 7
+)  # multiply, as the kernels do
 w_hat = s * q
 print("integers of the first group:", q[0, 0].int().tolist())
 
@@ -107,7 +116,9 @@ print("same weights: ", torch.equal(dequantize(integers, scale), w_hat))
 # %%
 rows = groups.reshape(-1, 32)  # (256 * 16, 32)
 zeros = torch.zeros(len(rows), dtype=torch.int32)
-upstream = torch.fake_quantize_per_channel_affine(rows, scale.flatten(), zeros, 0, -8, 7)
+upstream = torch.fake_quantize_per_channel_affine(
+    rows, scale.flatten(), zeros, 0, -8, 7
+)
 print("torch agrees:", torch.equal(upstream.view_as(groups), w_hat))
 
 # %% [markdown]
@@ -119,7 +130,10 @@ print("torch agrees:", torch.equal(upstream.view_as(groups), w_hat))
 
 # %%
 for dtype in (torch.float32, torch.float16):
-    print(f"{dtype!s:13} scales: {replace(W4, scale_dtype=dtype).bits_per_weight(512)} bits")
+    print(
+        f"{dtype!s:13} scales: "
+        f"{replace(W4, scale_dtype=dtype).bits_per_weight(512)} bits"
+    )
 
 # %% [markdown]
 # The grid is computed in float32; then its step is rounded. Values that sat on the edge between two
@@ -131,9 +145,17 @@ half, _ = choose_scale(groups, bits=4, scale_dtype=torch.float16)
 in_half = quantize(groups, half, bits=4)
 moved = in_half != integers
 largest = groups.abs() == groups.abs().amax(-1, keepdim=True)
-print(f"integers that changed: {moved.sum().item()} of {moved.numel()}, {moved.float().mean():.1%}")
-print(f"of them the largest of their group: {(moved & largest).sum().item()}")
-print("by one at most:", (in_half.int() - integers.int()).abs().max().item() == 1)
+print(
+    f"integers that changed: {moved.sum().item()} of {moved.numel()}, "
+    f"{moved.float().mean():.1%}"
+)
+print(
+    f"of them the largest of their group: {(moved & largest).sum().item()}"
+)
+print(
+    "by one at most:",
+    (in_half.int() - integers.int()).abs().max().item() == 1,
+)
 
 # %% [markdown]
 # Float16 keeps eleven significant bits of the step, far more than a grid of sixteen points can
@@ -159,16 +181,24 @@ print(prepared.quantization)
 layer = converted.get_submodule(name)
 stored = unpack(layer.integers, bits=4, n=512)  # (256, 512)
 print("stored integers are ours:", torch.equal(stored, in_half.flatten(1)))
-print("their values are torch's:", torch.equal(
-    layer.weight.view_as(rows),
-    torch.fake_quantize_per_channel_affine(rows, half.float().flatten(), zeros, 0, -8, 7),
-))  # fmt: skip
+print(
+    "their values are torch's:",
+    torch.equal(
+        layer.weight.view_as(rows),
+        torch.fake_quantize_per_channel_affine(
+            rows, half.float().flatten(), zeros, 0, -8, 7
+        ),
+    ),
+)
 
 # %%
 task = load_task("language-reference")
 windows = next(iter(task.test))["input_ids"]  # (16, 256)
 with torch.no_grad():
-    logits, again = prepared.eval()(windows).logits, converted(windows).logits
+    logits, again = (
+        prepared.eval()(windows).logits,
+        converted(windows).logits,
+    )
 print("converted = prepared, bit for bit:", torch.equal(logits, again))
 
 # %% [markdown]
@@ -181,7 +211,9 @@ print("converted = prepared, bit for bit:", torch.equal(logits, again))
 # %%
 float_losses = document_losses(model, task.test)
 float_ppl = as_perplexity(float_losses)
-print(f"tokens scored: {float_losses.tokens.sum()} of {float_ppl.n} documents")
+print(
+    f"tokens scored: {float_losses.tokens.sum()} of {float_ppl.n} documents"
+)
 
 # %% [markdown]
 # Four widths, four group sizes, sixteen rounded models. `prepare_qat` alone is enough to measure
@@ -193,7 +225,9 @@ WIDTHS, SIZES = (8, 4, 3, 2), (32, 64, 128, None)
 
 def rounded(scheme, **options):
     """Losses on the test documents, after rounding to nearest."""
-    return document_losses(prepare_qat(model, scheme, "absmax", **options), task.test)
+    return document_losses(
+        prepare_qat(model, scheme, "absmax", **options), task.test
+    )
 
 
 losses = {(b, g): rounded(QuantScheme(b, g)) for b in WIDTHS for g in SIZES}
@@ -204,17 +238,23 @@ lines = {"float": dict.fromkeys(WIDTHS, float_ppl.value)}
 for size in SIZES:
     label = f"groups of {size}" if size else "one scale per row"
     lines[label] = {bits: ppl[bits, size].value for bits in WIDTHS}
-curves(lines, xlabel="bits per weight, without its scale", ylabel="perplexity")
+curves(
+    lines, xlabel="bits per weight, without its scale", ylabel="perplexity"
+)
 
 # %% tags=["nbval-ignore-output"]
 print("width  group  bits/weight  perplexity")
 print(
-    f"float {'':6}  {32:11.3f}  {float_ppl.value:6.1f} [{float_ppl.low:.1f}, {float_ppl.high:.1f}]"
+    f"float {'':6}  {32:11.3f}  {float_ppl.value:6.1f} "
+    f"[{float_ppl.low:.1f}, {float_ppl.high:.1f}]"
 )
 glue("ch09-float", float(float_ppl.value), display=False)
 for (bits, size), e in ppl.items():
     cost = QuantScheme(bits, size).bits_per_weight(256)
-    print(f"{bits:5}  {size or 'row':>5}  {cost:11.3f}  {e.value:6.1f} [{e.low:.1f}, {e.high:.1f}]")
+    print(
+        f"{bits:5}  {size or 'row':>5}  {cost:11.3f}  {e.value:6.1f} "
+        f"[{e.low:.1f}, {e.high:.1f}]"
+    )
 for bits in (4, 2):
     glue(f"ch09-w{bits}-32", float(ppl[bits, 32].value), display=False)
     glue(f"ch09-w{bits}-row", float(ppl[bits, None].value), display=False)
@@ -239,7 +279,10 @@ per_bit = [
 ]
 row_or_32 = loss_difference(losses[2, None], losses[2, 32])
 print("each bit below 4 costs, at every group size:", all(per_bit))
-print("W2 per row is worse than W2 g32 by more than 0.1 nats:", row_or_32.low > 0.1)
+print(
+    "W2 per row is worse than W2 g32 by more than 0.1 nats:",
+    row_or_32.low > 0.1,
+)
 
 # %% [markdown]
 # ## Nothing to recover
@@ -250,11 +293,16 @@ print("W2 per row is worse than W2 g32 by more than 0.1 nats:", row_or_32.low > 
 # {term}`recovered share` is a word without meaning for it.
 
 # %% tags=["nbval-ignore-output"]
-damage = {key: loss_difference(value, float_losses) for key, value in losses.items()}
+damage = {
+    key: loss_difference(value, float_losses)
+    for key, value in losses.items()
+}
 for (bits, size), e in damage.items():
     verdict = "" if e.low > 0 else "  nothing to recover"
-    print(f"W{bits} {f'g{size}' if size else 'row':>4}: "
-          f"{e.value:7.4f} [{e.low:7.4f}, {e.high:7.4f}]{verdict}")  # fmt: skip
+    print(
+        f"W{bits} {f'g{size}' if size else 'row':>4}: "
+        f"{e.value:7.4f} [{e.low:7.4f}, {e.high:7.4f}]{verdict}"
+    )
 glue("ch09-damage-w4", float(damage[4, 32].value), display=False)
 glue("ch09-damage-w2", float(damage[2, 32].value), display=False)
 glue("ch09-damage-w2-row", float(damage[2, None].value), display=False)
@@ -265,8 +313,14 @@ glue("ch09-damage-w2-row", float(damage[2, None].value), display=False)
 # not for every group size.
 
 # %%
-print("W8 below 0.002 nats:          ", all(damage[8, g].high < 0.002 for g in SIZES))
-print("W3 and W2 clearly above zero: ", all(damage[b, g].low > 0 for b in (3, 2) for g in SIZES))
+print(
+    "W8 below 0.002 nats:          ",
+    all(damage[8, g].high < 0.002 for g in SIZES),
+)
+print(
+    "W3 and W2 clearly above zero: ",
+    all(damage[b, g].low > 0 for b in (3, 2) for g in SIZES),
+)
 print("W4 g32 below 0.03 nats:       ", damage[4, 32].high < 0.03)
 unclear = {bits for (bits, _), e in damage.items() if e.low <= 0}
 print("nothing to recover, at 8 bits only:", unclear == {8})
@@ -285,13 +339,20 @@ print("documents behind each interval:", damage[4, 32].n)
 # leave the other 27 as they are, then the next. Every fourth window of the test split will do.
 
 # %%
-linears = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
-sample = DataLoader(Subset(task.test.dataset, range(0, len(task.test.dataset), 4)), batch_size=16)
+linears = [
+    n
+    for n, m in model.named_modules()
+    if type(m) is nn.Linear and n != "lm_head"
+]
+sample = DataLoader(
+    Subset(task.test.dataset, range(0, len(task.test.dataset), 4)),
+    batch_size=16,
+)
 before = document_losses(model, sample).mean
 
 
 def hurt(layers):
-    """Loss added by rounding these layers to two bits, in thousandths of a nat."""
+    """Loss that two bits here add, in thousandths of a nat."""
     others = [n for n in linears if n not in layers]
     rounded = prepare_qat(model, W2, "absmax", skip=others)
     return 1000 * (document_losses(rounded, sample).mean - before)
@@ -300,12 +361,15 @@ def hurt(layers):
 alone = {n: hurt([n]) for n in linears}
 together = hurt(linears)
 
-# %% mystnb={"image": {"alt": "A table of four blocks by seven layers, shaded by how much rounding that one layer to two bits adds to the loss, in thousandths of a nat. The value projection of block 0 is by far the darkest; down projections and block 3 are grey; queries and keys of the first three blocks are nearly white."}}
+# %% mystnb={"image": {"alt": "A table of four blocks by seven layers, shaded by how much rounding that one layer to two bits adds to the loss, in thousandths of a nat. The value projection of block 0 is by far the darkest; down projections and block 3 are grey; queries and keys of the first three blocks are nearly white."}} tags=["hide-input"]
 kinds = [n.split(".")[-1].removesuffix("_proj") for n in linears[:7]]
 heatmap(
-    np.array(list(alone.values())).reshape(4, 7), ["0", "1", "2", "3"], kinds,
-    xlabel="layer rounded to 2 bits (loss added, in thousandths of a nat)", ylabel="block",
-)  # fmt: skip
+    np.array(list(alone.values())).reshape(4, 7),
+    ["0", "1", "2", "3"],
+    kinds,
+    xlabel="layer rounded to 2 bits (loss added, in thousandths of a nat)",
+    ylabel="block",
+)
 
 # %% [markdown]
 # Rounding is felt in a few places (a number just below zero is noise). The worst layer, we
@@ -317,8 +381,14 @@ heatmap(
 worst = max(alone, key=alone.get)
 size = {n: model.get_submodule(n).weight.numel() for n in linears}
 print("most sensitive:", worst)
-print(f"its share of the weights in Linear layers: {size[worst] / sum(size.values()):.2%}")
-print("at least three times the median:", alone[worst] >= 3 * np.median(list(alone.values())))
+print(
+    f"its share of the weights in Linear layers: "
+    f"{size[worst] / sum(size.values()):.2%}"
+)
+print(
+    "at least three times the median:",
+    alone[worst] >= 3 * np.median(list(alone.values())),
+)
 print("single damages add up:", 0.5 < sum(alone.values()) / together < 2)
 
 # %% [markdown]
@@ -352,16 +422,23 @@ others = torch.arange(256) != 100
 
 
 def error(x, group_size):
-    """Mean squared error of the 255 others at 4 bits, in units of their own mean square."""
+    """Mean squared error of the other 255 over their mean square."""
     view = to_groups(x, group_size)
-    restored = fake_quantize(view, choose_scale(view, bits=4)[0], bits=4).view_as(x)
+    restored = fake_quantize(
+        view, choose_scale(view, bits=4)[0], bits=4
+    ).view_as(x)
     difference = (restored - x)[0, others].double()
-    return (difference.square().mean() / x[0, others].double().square().mean()).item()
+    return (
+        difference.square().mean() / x[0, others].double().square().mean()
+    ).item()
 
 
 for size in (None, 128, 64, 32):
-    print(f"{f'groups of {size}' if size else 'whole row':13}: without the giant "
-          f"{error(row, size):.3f}, beside it {error(giant, size):.3f}")  # fmt: skip
+    print(
+        f"{f'groups of {size}' if size else 'whole row':13}: without the "
+        f"giant "
+        f"{error(row, size):.3f}, beside it {error(giant, size):.3f}"
+    )
 
 # %% [markdown]
 # An error of 1 would mean that the others have all become zero. In smaller groups the giant only
@@ -370,7 +447,10 @@ for size in (None, 128, 64, 32):
 # %%
 for size in (None, 128, 64, 32, 16):
     cost = QuantScheme(4, size).bits_per_weight(256)
-    print(f"{f'groups of {size}' if size else 'whole row':13}: {cost:.4f} bits per weight")
+    print(
+        f"{f'groups of {size}' if size else 'whole row':13}: {cost:.4f} "
+        f"bits per weight"
+    )
 
 # %% [markdown]
 # The giant can be measured: the *crest factor* of a group of $n$ weights is
@@ -387,36 +467,62 @@ def crest(x):
 
 
 def highest_crest(model):
-    """Per layer, the largest crest factor of its rows, and the ceiling for a row so long."""
-    layers = {n: m.weight.detach() for n, m in model.named_modules()
-              if type(m) is nn.Linear and n != "lm_head"}  # fmt: skip
-    return {n: (crest(w).max().item(), math.sqrt(w.shape[1])) for n, w in layers.items()}
+    """Per layer, the largest crest factor of its rows; the ceiling."""
+    layers = {
+        n: m.weight.detach()
+        for n, m in model.named_modules()
+        if type(m) is nn.Linear and n != "lm_head"
+    }
+    return {
+        n: (crest(w).max().item(), math.sqrt(w.shape[1]))
+        for n, w in layers.items()
+    }
 
 
 minilm = load_pretrained(MINILM).eval()
-for which, found in (("docs-lm", highest_crest(model)), ("MiniLM", highest_crest(minilm))):
+for which, found in (
+    ("docs-lm", highest_crest(model)),
+    ("MiniLM", highest_crest(minilm)),
+):
     most = max(found, key=lambda n: found[n][0])
-    print(f"{which}: {most}, crest {found[most][0]:.1f}, ceiling {found[most][1]:.1f}")
+    print(
+        f"{which}: {most}, crest {found[most][0]:.1f}, ceiling "
+        f"{found[most][1]:.1f}"
+    )
 
 # %% [markdown]
 # docs-lm has no giants to speak of. In MiniLM there is a row of 1,536 weights that is nearly one
 # weight and nothing else. At 4 bits:
 
 # %%
-w = minilm.get_submodule("encoder.layer.0.output.dense").weight.detach()  # (384, 1536)
+w = minilm.get_submodule(
+    "encoder.layer.0.output.dense"
+).weight.detach()  # (384, 1536)
 loud = w[crest(w).argmax()][None]  # (1, 1536)
 for size in (None, 128, 32):
     view = to_groups(loud, size)
-    zero = (quantize(view, choose_scale(view, bits=4)[0], bits=4) == 0).sum().item()
-    print(f"{f'groups of {size}' if size else 'whole row':13}: {zero} of 1536 weights become zero")
+    zero = (
+        (quantize(view, choose_scale(view, bits=4)[0], bits=4) == 0)
+        .sum()
+        .item()
+    )
+    print(
+        f"{f'groups of {size}' if size else 'whole row':13}: {zero} of "
+        f"1536 weights become zero"
+    )
 
-# %% mystnb={"image": {"alt": "Magnitudes of the 1536 weights of one row of MiniLM, sorted, on a logarithmic axis. The first lies far above all others; a dashed line marks half a step of the 4-bit grid for the row, and every weight but the first lies below it."}}
+# %% mystnb={"image": {"alt": "Magnitudes of the 1536 weights of one row of MiniLM, sorted, on a logarithmic axis. The first lies far above all others; a dashed line marks half a step of the 4-bit grid for the row, and every weight but the first lies below it."}} tags=["hide-input"]
 half_step = choose_scale(loud, bits=4)[0].item() / 2
 magnitudes = loud.abs().flatten().sort(descending=True).values
 curves(
-    {"weights of the row": magnitudes.tolist(), "half a step: below it, zero": [half_step] * 1536},
-    xlabel="weights, sorted by size", ylabel="magnitude", log_y=True,
-)  # fmt: skip
+    {
+        "weights of the row": magnitudes.tolist(),
+        "half a step: below it, zero": [half_step] * 1536,
+    },
+    xlabel="weights, sorted by size",
+    ylabel="magnitude",
+    log_y=True,
+)
 
 # %% [markdown]
 # ## Activations, too
@@ -430,7 +536,10 @@ curves(
 # %%
 for which, scheme in {"W4A8": W4A8, "W8A8": W8A8}.items():
     form = scheme.activations
-    print(f"{which}: inputs in {form.bits} bits, per {form.granularity}, integers {form.integers}")
+    print(
+        f"{which}: inputs in {form.bits} bits, per {form.granularity}, "
+        f"integers {form.integers}"
+    )
 
 # %% [markdown]
 # What each of these choices costs is best seen with 8-bit weights per row, which cost nothing.
@@ -439,10 +548,14 @@ for which, scheme in {"W4A8": W4A8, "W8A8": W8A8}.items():
 forms = {
     "per token, 256 integers": Activations(8, "token"),
     "per tensor, 256 integers": Activations(8, "tensor"),
-    "per tensor, 128 integers (W8A8)": Activations(8, "tensor", range=(0, 127)),
+    "per tensor, 128 integers (W8A8)": Activations(
+        8, "tensor", range=(0, 127)
+    ),
 }
 inputs_too = {
-    label: loss_difference(rounded(QuantScheme(8, None, activations=form)), float_losses)
+    label: loss_difference(
+        rounded(QuantScheme(8, None, activations=form)), float_losses
+    )
     for label, form in forms.items()
 }
 w4a8 = loss_difference(rounded(W4A8), losses[4, 32])
@@ -450,8 +563,15 @@ w4a8 = loss_difference(rounded(W4A8), losses[4, 32])
 # %% tags=["nbval-ignore-output"]
 for label, e in inputs_too.items():
     print(f"{label:32}: {e.value:.4f} [{e.low:.4f}, {e.high:.4f}]")
-print(f"{'W4A8 beyond W4':32}: {w4a8.value:.4f} [{w4a8.low:.4f}, {w4a8.high:.4f}]")
-glue("ch09-w8a8", float(inputs_too["per tensor, 128 integers (W8A8)"].value), display=False)
+print(
+    f"{'W4A8 beyond W4':32}: {w4a8.value:.4f} [{w4a8.low:.4f}, "
+    f"{w4a8.high:.4f}]"
+)
+glue(
+    "ch09-w8a8",
+    float(inputs_too["per tensor, 128 integers (W8A8)"].value),
+    display=False,
+)
 
 # %% [markdown]
 # Expected: per token below 0.003 nats; W8A8 clearly worse than that, and still below 0.05; W4A8
@@ -460,8 +580,14 @@ glue("ch09-w8a8", float(inputs_too["per tensor, 128 integers (W8A8)"].value), di
 # %%
 token, tensor, narrow = inputs_too.values()
 print("per token below 0.003:        ", token.high < 0.003)
-print("W8A8 between per token and .05:", token.high < narrow.low and narrow.high < 0.05)
-print("W4A8 within 0.005 of W4:      ", max(abs(w4a8.low), abs(w4a8.high)) < 0.005)
+print(
+    "W8A8 between per token and .05:",
+    token.high < narrow.low and narrow.high < 0.05,
+)
+print(
+    "W4A8 within 0.005 of W4:      ",
+    max(abs(w4a8.low), abs(w4a8.high)) < 0.005,
+)
 
 # %% [markdown]
 # Why does the whole tensor do worse than a token? For the same reason as before: who shares a step
@@ -474,7 +600,10 @@ def inputs_of(model, **batch):
     caught, hooks = {}, []
     for n, m in model.named_modules():
         if type(m) is nn.Linear:
-            keep = lambda m, args, n=n: caught.setdefault(n, args[0])  # noqa: E731
+
+            def keep(m, args, n=n):
+                caught.setdefault(n, args[0])
+
             hooks.append(m.register_forward_pre_hook(keep))
     with torch.no_grad():
         model(**batch)
@@ -484,14 +613,22 @@ def inputs_of(model, **batch):
 
 
 # %% tags=["nbval-ignore-output"]
-x = inputs_of(model, input_ids=windows)["model.layers.2.mlp.down_proj"]  # (16, 256, 512)
+x = inputs_of(model, input_ids=windows)[
+    "model.layers.2.mlp.down_proj"
+]  # (16, 256, 512)
 of_tensor, of_token = crest(x.flatten()).item(), crest(x).mean().item()
-print(f"crest factor of the tensor: {of_tensor:.0f}, of its average token: {of_token:.0f}")
+print(
+    f"crest factor of the tensor: {of_tensor:.0f}, of its average token: "
+    f"{of_token:.0f}"
+)
 glue("ch09-crest-tensor", float(of_tensor), display=False)
 glue("ch09-crest-token", float(of_token), display=False)
 
 # %%
-print("crest of the tensor more than twice that of a token:", of_tensor > 2 * of_token)
+print(
+    "crest of the tensor more than twice that of a token:",
+    of_tensor > 2 * of_token,
+)
 
 # %% [markdown]
 # In `down_proj` of block 2, {glue:text}`ch09-crest-tensor:.0f` against
@@ -503,8 +640,13 @@ print("crest of the tensor more than twice that of a token:", of_tensor > 2 * of
 
 # %%
 for which, form in forms.items():
-    in_batch, by_itself = (fake_quantize_activations(v, form)[0] for v in (x, x[:1]))
-    print(f"{which:32}: row 0 alone = in the batch: {torch.equal(in_batch, by_itself)}")
+    in_batch, by_itself = (
+        fake_quantize_activations(v, form)[0] for v in (x, x[:1])
+    )
+    print(
+        f"{which:32}: row 0 alone = in the batch: "
+        f"{torch.equal(in_batch, by_itself)}"
+    )
 
 # %% [markdown]
 # The kernel itself behaves the same. On one layer it computes what training simulates, up to float
@@ -525,7 +667,10 @@ with torch.no_grad():
     alone_or_not = apart(kernel(x[:1])[0], kernel(x)[0])
     rounding = apart(kernel(x)[0], model.get_submodule(n)(x)[0])
 print("kernel, alone = in the batch:", alone_or_not < 1e-3)
-print("apart by less than twice the rounding error:", alone_or_not < 2 * rounding)
+print(
+    "apart by less than twice the rounding error:",
+    alone_or_not < 2 * rounding,
+)
 
 # %% [markdown]
 # Whoever serves W8A8 this way gets answers that vary with the traffic, by about as much as rounding
@@ -543,11 +688,20 @@ sentences = [
     "Return a tensor of the same shape, rounded to integers.",
     "Nobody had told the towers that they should wear green glasses.",
 ]
-caught = inputs_of(minilm, **tokenizer(sentences, padding=True, return_tensors="pt"))
-first = {block: caught[f"encoder.layer.{block}.intermediate.dense"][:, 0] for block in range(6)}
+caught = inputs_of(
+    minilm, **tokenizer(sentences, padding=True, return_tensors="pt")
+)
+first = {
+    block: caught[f"encoder.layer.{block}.intermediate.dense"][:, 0]
+    for block in range(6)
+}
 for block, tokens in first.items():
-    print(f"block {block}: largest feature {tokens.abs().argmax(-1).tolist()}, "
-          f"crest at least {crest(tokens).min():.1f}, ceiling {math.sqrt(384):.1f}")  # fmt: skip
+    print(
+        f"block {block}: largest feature "
+        f"{tokens.abs().argmax(-1).tolist()}, "
+        f"crest at least {crest(tokens).min():.1f}, ceiling "
+        f"{math.sqrt(384):.1f}"
+    )
 
 # %% [markdown]
 # The same feature in every sentence and through all six blocks, and so large that nearly the whole
@@ -564,12 +718,17 @@ for block, tokens in first.items():
 # %%
 pair = stored[0, :2].int()  # two integers of the layer from above
 byte = (pair[0] & 15) | ((pair[1] & 15) << 4)
-print(f"{pair.tolist()} -> {pair[0] & 15:04b} and {pair[1] & 15:04b} -> {byte:08b} = {byte}")
+print(
+    f"{pair.tolist()} -> {pair[0] & 15:04b} and {pair[1] & 15:04b} -> "
+    f"{byte:08b} = {byte}"
+)
 low, high = byte & 15, byte >> 4
 print("back:", [((p ^ 8) - 8).item() for p in (low, high)])
 
 # %%
-by_hand = (stored[:, 0::2].int() & 15) | ((stored[:, 1::2].int() & 15) << 4)  # (256, 256)
+by_hand = (stored[:, 0::2].int() & 15) | (
+    (stored[:, 1::2].int() & 15) << 4
+)  # (256, 256)
 packed = pack(stored, bits=4)
 print(tuple(stored.shape), "->", tuple(packed.shape), packed.dtype)
 print("same bytes:   ", torch.equal(by_hand.to(torch.uint8), packed))
@@ -582,9 +741,17 @@ print("in the layer: ", torch.equal(layer.integers, packed))
 # %%
 for bits in (8, 4, 3, 2):
     low, high = QuantScheme(bits).integers
-    some = torch.arange(512).remainder(high - low + 1).add(low).to(torch.int8)[None]
-    print(f"512 integers of {bits} bits: {pack(some, bits).numel()} bytes,",
-          "back again:", torch.equal(unpack(pack(some, bits), bits, 512), some))  # fmt: skip
+    some = (
+        torch.arange(512)
+        .remainder(high - low + 1)
+        .add(low)
+        .to(torch.int8)[None]
+    )
+    print(
+        f"512 integers of {bits} bits: {pack(some, bits).numel()} bytes,",
+        "back again:",
+        torch.equal(unpack(pack(some, bits), bits, 512), some),
+    )
 
 # %% [markdown]
 # ## What the file weighs
@@ -601,7 +768,9 @@ def weigh(model):
         return Path(folder, "model.safetensors").stat().st_size
 
 
-float_bytes = Path(find("docs-lm")[0], "model.safetensors").stat().st_size  # where it came from
+float_bytes = (
+    Path(find("docs-lm")[0], "model.safetensors").stat().st_size
+)  # where it came from
 converted_all = convert(prepare_qat(model, W4, "absmax", embeddings=True))
 converted_all_2 = convert(prepare_qat(model, W2, "absmax", embeddings=True))
 files = {"float": float_bytes, "W4": weigh(converted)}
@@ -614,7 +783,10 @@ in_layers = sum(m.integers.nbytes + m.scale.nbytes for m in packed_layers)
 float_layers = sum(4 * m.rows * m.columns for m in packed_layers)
 print(f"Linear layers, W4 / float: {in_layers / float_layers:.4f}")
 print(f"whole file,    W4 / float: {files['W4'] / files['float']:.4f}")
-print(f"embedding's share of the float file: {4 * 4096 * 256 / files['float']:.4f}")
+print(
+    f"embedding's share of the float file: "
+    f"{4 * 4096 * 256 / files['float']:.4f}"
+)
 
 # %% [markdown]
 # The layers shrink to 4.5 bits of 32, and the file by much less, because the embedding stays as it
@@ -622,8 +794,12 @@ print(f"embedding's share of the float file: {4 * 4096 * 256 / files['float']:.4
 # one. With `embeddings=True` it is rounded too, and the output layer, tied to it, reads the same
 # integers.
 
-# %% mystnb={"image": {"alt": "Bars of file size relative to float. W4 with a float embedding is the longest of the three quantized ones; with the embedding rounded, W4 comes to about a seventh and W2 to less than a twelfth."}}
-bars({k: v / float_bytes for k, v in files.items()}, xlabel="bytes / float bytes", form="{:.3f}")
+# %% mystnb={"image": {"alt": "Bars of file size relative to float. W4 with a float embedding is the longest of the three quantized ones; with the embedding rounded, W4 comes to about a seventh and W2 to less than a twelfth."}} tags=["hide-input"]
+bars(
+    {k: v / float_bytes for k, v in files.items()},
+    xlabel="bytes / float bytes",
+    form="{:.3f}",
+)
 
 # %% tags=["nbval-ignore-output"]
 embedding = loss_difference(rounded(W4, embeddings=True), losses[4, 32])
@@ -635,11 +811,17 @@ glue("ch09-embedding", float(embedding.value), display=False)
 # limit at 0.05. A reloaded file is the model that was saved, bit for bit.
 
 # %%
-print("rounding the embedding costs less than 0.05 nats:", embedding.high < 0.05)
+print(
+    "rounding the embedding costs less than 0.05 nats:",
+    embedding.high < 0.05,
+)
 with tempfile.TemporaryDirectory() as folder:
     reloaded = load_quantized(save_quantized(converted, folder))
 with torch.no_grad():
-    print("reloaded = converted:", torch.equal(reloaded(windows).logits, again))
+    print(
+        "reloaded = converted:",
+        torch.equal(reloaded(windows).logits, again),
+    )
 
 # %% [markdown]
 # One plain statement, because it is often passed over: **a converted weight-only model is smaller,

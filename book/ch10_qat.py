@@ -27,7 +27,7 @@
 #
 # *Running time: about three minutes on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import json
 import re
 import tempfile
@@ -36,10 +36,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from myst_nb import glue
-from torch import nn
-from torch.nn import functional as F
-
 from companion import (
     W2,
     W4,
@@ -52,7 +48,7 @@ from companion import (
     prepare_qat,
     recovery,
     save_quantized,
-)  # fmt: skip
+)
 from companion.course.check import check
 from companion.course.corpus import language_reference
 from companion.course.figures import curves, estimates
@@ -64,6 +60,9 @@ from companion.evaluation.language import (
     document_losses,
     loss_difference,
 )
+from myst_nb import glue
+from torch import nn
+from torch.nn import functional as F
 
 warnings.filterwarnings("ignore")
 generator = torch.Generator().manual_seed(0)
@@ -91,7 +90,9 @@ qmin, qmax = W2.integers
 def steps_and_scale(w):
     groups = w.detach().unflatten(-1, (-1, 32))  # (out, groups, 32)
     largest = groups.abs().amax(-1, keepdim=True)
-    scale = (largest / ((qmax - qmin) / 2)).half().float()  # rounded as it will be stored
+    scale = (
+        (largest / ((qmax - qmin) / 2)).half().float()
+    )  # rounded as it will be stored
     return torch.round(groups * (1 / scale)), scale
 
 
@@ -103,7 +104,10 @@ def rounded(w):
 steps, scale = steps_and_scale(weight)
 print("weight:", tuple(weight.shape), " scales:", tuple(scale.shape))
 for level in range(qmin, qmax + 1):
-    print(f"at {level:2}: {(steps.clamp(qmin, qmax) == level).float().mean():.1%}")
+    print(
+        f"at {level:2}: "
+        f"{(steps.clamp(qmin, qmax) == level).float().mean():.1%}"
+    )
 
 # %% [markdown]
 # ### A gradient for the staircase
@@ -130,7 +134,9 @@ print("every gradient is one:      ", (w.grad == 1).all().item())
 # %%
 def inside(w):
     steps, _ = steps_and_scale(w)
-    return ((qmin <= steps) & (steps <= qmax)).flatten(-2)  # the ends of the grid included
+    return ((qmin <= steps) & (steps <= qmax)).flatten(
+        -2
+    )  # the ends of the grid included
 
 
 class StraightThrough(torch.autograd.Function):
@@ -154,7 +160,9 @@ clipped = ~inside(weight)
 groups = weight.unflatten(-1, (-1, 32)).abs()
 largest = (groups == groups.amax(-1, keepdim=True)).flatten(-2)
 print(f"clipped: {clipped.sum().item():,} of {clipped.numel():,} weights")
-print("all of them the largest of their group:", largest[clipped].all().item())
+print(
+    "all of them the largest of their group:", largest[clipped].all().item()
+)
 
 # %% [markdown]
 # Now the same layer from the companion. `prepare_qat` returns a copy of the model in which
@@ -165,8 +173,12 @@ print("all of them the largest of their group:", largest[clipped].all().item())
 # %%
 qat = prepare_qat(start, W2, "absmax")
 prepared = qat.model.layers[0].mlp.down_proj
-x = torch.randn(64, 512, generator=generator, dtype=torch.double).float()  # (tokens, in)
-upstream = torch.randn(64, 256, generator=generator, dtype=torch.double).float()  # (tokens, out)
+x = torch.randn(
+    64, 512, generator=generator, dtype=torch.double
+).float()  # (tokens, in)
+upstream = torch.randn(
+    64, 256, generator=generator, dtype=torch.double
+).float()  # (tokens, out)
 
 w = weight.clone().requires_grad_()
 y = F.linear(x, StraightThrough.apply(w))
@@ -191,11 +203,18 @@ print(qat.quantization)
 # the parameters is rounded.
 
 # %%
-small = sum(qat.get_submodule(name).weight.numel() for name in qat.quantization.layers)
-print(f"{small:,} of {qat.num_parameters():,} parameters: {small / qat.num_parameters():.0%}")
+small = sum(
+    qat.get_submodule(name).weight.numel()
+    for name in qat.quantization.layers
+)
+print(
+    f"{small:,} of {qat.num_parameters():,} parameters: "
+    f"{small / qat.num_parameters():.0%}"
+)
 print(
     "same names:",
-    [n for n, _ in qat.named_parameters()] == [n for n, _ in start.named_parameters()],
+    [n for n, _ in qat.named_parameters()]
+    == [n for n, _ in start.named_parameters()],
 )
 print("the original is as it was:", type(layer) is nn.Linear)
 print("still tied:", qat.lm_head.weight is qat.model.embed_tokens.weight)
@@ -225,7 +244,9 @@ def refusal(call):
         print(f"{type(error).__name__}: {str(error).split('; ')[0]}")
 
 
-refusal(lambda: prepare_qat(start, QuantScheme(weight_bits=2, group_size=48)))
+refusal(
+    lambda: prepare_qat(start, QuantScheme(weight_bits=2, group_size=48))
+)
 refusal(lambda: prepare_qat(qat, W2))
 refusal(lambda: prepare_qat(start, W2, skip=["fc"]))
 refusal(lambda: prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3)), W2))
@@ -242,12 +263,23 @@ refusal(lambda: prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3)), W2))
 # arm and with a seed of their own. The search stands in a results file, to which we come back.
 
 # %%
-content = json.loads((Path("..") / "benchmarks" / "results" / "first_recovery.json").read_text())
+content = json.loads(
+    (
+        Path("..") / "benchmarks" / "results" / "first_recovery.json"
+    ).read_text()
+)
 rates = {}
 for arm in ("float", "W2"):
-    trials = [r for r in content["records"] if (r["arm"], r["scheme"]) == ("tuning", arm)]
+    trials = [
+        r
+        for r in content["records"]
+        if (r["arm"], r["scheme"]) == ("tuning", arm)
+    ]
     for r in trials:
-        print(f"{arm:5}  rate {r['lr']}: validation loss {r['validation_loss']:.3f}")
+        print(
+            f"{arm:5}  rate {r['lr']}: validation loss "
+            f"{r['validation_loss']:.3f}"
+        )
     rates[arm] = min(trials, key=lambda r: r["validation_loss"])["lr"]
 print("chosen:", rates)
 
@@ -262,8 +294,15 @@ def validation_loss(model):
 
 
 def fine_tune(model, lr):
-    return fit(model, task.train, steps=STEPS, lr=lr, seed=0,
-               validate=validation_loss, validate_every=20)  # fmt: skip
+    return fit(
+        model,
+        task.train,
+        steps=STEPS,
+        lr=lr,
+        seed=0,
+        validate=validation_loss,
+        validate_every=20,
+    )
 
 
 # %%
@@ -274,11 +313,12 @@ control_history = fine_tune(control, rates["float"])
 qat = prepare_qat(start, W2, "absmax")
 qat_history = fine_tune(qat, rates["W2"])
 
-# %% mystnb={"image": {"alt": "Training loss over sixty steps. The two curves rise and fall together batch by batch while both go down; the two-bit model begins well above the float one and ends a little above it."}}
+# %% mystnb={"image": {"alt": "Training loss over sixty steps. The two curves rise and fall together batch by batch while both go down; the two-bit model begins well above the float one and ends a little above it."}} tags=["hide-input"]
 curves(
     {"float": control_history.loss, "QAT, 2 bits": qat_history.loss},
-    xlabel="step", ylabel="training loss (nats per token)",
-)  # fmt: skip
+    xlabel="step",
+    ylabel="training loss (nats per token)",
+)
 
 # %% [markdown]
 # The third arm costs no training: the control, rounded to nearest. And two more for orientation,
@@ -297,10 +337,15 @@ arms = {
     "PTQ: control, rounded": round_to_nearest(control),
     "QAT": convert(qat),
 }
-losses = {name: document_losses(model, task.test) for name, model in arms.items()}
+losses = {
+    name: document_losses(model, task.test) for name, model in arms.items()
+}
 
-# %% mystnb={"image": {"alt": "Test perplexity of five models with intervals. The float control is lowest and QAT lies close above it. The rounded control lies far to the right of both, about where the float model was before fine-tuning; that model rounded lies farthest."}} tags=["nbval-ignore-output"]
-estimates({name: as_perplexity(loss) for name, loss in losses.items()}, xlabel="test perplexity")
+# %% mystnb={"image": {"alt": "Test perplexity of five models with intervals. The float control is lowest and QAT lies close above it. The rounded control lies far to the right of both, about where the float model was before fine-tuning; that model rounded lies farthest."}} tags=["nbval-ignore-output", "hide-input"]
+estimates(
+    {name: as_perplexity(loss) for name, loss in losses.items()},
+    xlabel="test perplexity",
+)
 
 # %% tags=["nbval-ignore-output"]
 for name, loss in losses.items():
@@ -313,7 +358,11 @@ for name, loss in losses.items():
 # margin, fixed before: the interval of a difference must not touch zero.
 
 # %% tags=["nbval-ignore-output"]
-c, ptq, q = losses["float control"], losses["PTQ: control, rounded"], losses["QAT"]
+c, ptq, q = (
+    losses["float control"],
+    losses["PTQ: control, rounded"],
+    losses["QAT"],
+)
 differences = {
     "PTQ - control (the damage)": loss_difference(ptq, c),
     "PTQ - QAT (taken back)": loss_difference(ptq, q),
@@ -348,7 +397,10 @@ glue("ch10-high", result.share.high, display=False)
 
 # %%
 by_definition = (ptq.mean - q.mean) / (ptq.mean - c.mean)
-print("equal to the definition:", abs(result.share.value - by_definition) < 1e-9)
+print(
+    "equal to the definition:",
+    abs(result.share.value - by_definition) < 1e-9,
+)
 print("at least half recovered:", result.share.low > 0.5)
 
 # %% [markdown]
@@ -368,7 +420,10 @@ print(f"QAT against what we had:         {naive}")
 print(f"QAT against the rounded control: {taken_back}")
 
 # %%
-print("without a control, QAT looks better than it is:", loss_difference(before, ptq).low > 0)
+print(
+    "without a control, QAT looks better than it is:",
+    loss_difference(before, ptq).low > 0,
+)
 
 # %% [markdown]
 # The first number holds a merit that is not quantization's: the float model learned the text as
@@ -386,10 +441,15 @@ served = convert(qat)
 batch = next(iter(task.test))
 ids = batch["input_ids"][:4]  # (rows, tokens)
 with torch.no_grad():
-    equal = torch.equal(served(input_ids=ids).logits, qat.eval()(input_ids=ids).logits)
+    equal = torch.equal(
+        served(input_ids=ids).logits, qat.eval()(input_ids=ids).logits
+    )
 print("converted = prepared:", equal)
 print(served.model.layers[0].mlp.down_proj)
-print("trainable parameters:", sum(p.requires_grad for p in served.parameters()))
+print(
+    "trainable parameters:",
+    sum(p.requires_grad for p in served.parameters()),
+)
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -397,15 +457,22 @@ with tempfile.TemporaryDirectory() as folder:
     files = {p.name: p.stat().st_size for p in sorted(path.iterdir())}
     loaded = load_quantized(path)
 with torch.no_grad():
-    same = torch.equal(loaded(input_ids=ids).logits, served(input_ids=ids).logits)
+    same = torch.equal(
+        loaded(input_ids=ids).logits, served(input_ids=ids).logits
+    )
 print("files:", *files)
 print("loaded = saved:", same)
 
 # %%
-whole = files["model.safetensors"] / (4 * start.num_parameters())  # four bytes each in float32
+whole = files["model.safetensors"] / (
+    4 * start.num_parameters()
+)  # four bytes each in float32
 packed = [served.get_submodule(name) for name in served.quantization.layers]
 stored = sum(m.integers.nbytes + m.scale.nbytes for m in packed)
-print(f"the layers that were rounded: {8 * stored / small:.2f} bits per weight")
+print(
+    f"the layers that were rounded: {8 * stored / small:.2f} bits per "
+    f"weight"
+)
 print(f"the whole file: {whole:.2f} of float32")
 
 # %% [markdown]
@@ -442,13 +509,22 @@ def without_head(module, name):
     return isinstance(module, nn.Linear) and name != "lm_head"
 
 
-scheme = QuantScheme(weight_bits=2, group_size=32, scale_dtype=torch.float32)
-config = IntxWeightOnlyConfig(weight_dtype=torch.int2, granularity=PerGroup(32))
+scheme = QuantScheme(
+    weight_bits=2, group_size=32, scale_dtype=torch.float32
+)
+config = IntxWeightOnlyConfig(
+    weight_dtype=torch.int2, granularity=PerGroup(32)
+)
 theirs = load_pretrained("docs-lm")
 quantize_(theirs, QATConfig(config, step="prepare"), filter_fn=without_head)
 ours = prepare_qat(start, scheme, "absmax")
 with torch.no_grad():
-    print("same logits:", torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits))
+    print(
+        "same logits:",
+        torch.equal(
+            ours(input_ids=ids).logits, theirs(input_ids=ids).logits
+        ),
+    )
 
 # %% [markdown]
 # Forward, the two are equal bit for bit. Backward they are not. torchao rounds and then clamps,
@@ -464,15 +540,26 @@ def silent(model):
     count = 0
     for name in ours.quantization.layers:
         layer = model.get_submodule(name)
-        rounding = getattr(layer, "quantizer", None) or layer.weight_fake_quantizer
-        (gradient,) = torch.autograd.grad(rounding(layer.weight).sum(), layer.weight)
+        rounding = (
+            getattr(layer, "quantizer", None) or layer.weight_fake_quantizer
+        )
+        (gradient,) = torch.autograd.grad(
+            rounding(layer.weight).sum(), layer.weight
+        )
         count += (gradient == 0).sum().item()
     return count
 
 
 arm = prepare_qat(start, scheme, method="absmax-torchao-gradient")
-for name, model in {"ours": ours, "torchao": theirs, "ours, torchao's rule": arm}.items():
-    print(f"{name:20} {silent(model) / small:.1%} of the weights without a gradient")
+for name, model in {
+    "ours": ours,
+    "torchao": theirs,
+    "ours, torchao's rule": arm,
+}.items():
+    print(
+        f"{name:20} {silent(model) / small:.1%} of the weights without a "
+        f"gradient"
+    )
 
 # %% [markdown]
 # The third line is a method of the companion that follows torchao's rule, for comparison. With
@@ -484,7 +571,9 @@ for name, model in {"ours": ours, "torchao": theirs, "ours, torchao's rule": arm
 # %%
 def gradients(model):
     loss = model(input_ids=ids, labels=ids).loss
-    return torch.autograd.grad(loss, [model.get_parameter(name) for name in names])
+    return torch.autograd.grad(
+        loss, [model.get_parameter(name) for name in names]
+    )
 
 
 names = [f"{name}.weight" for name in ours.quantization.layers]
@@ -492,8 +581,13 @@ their_gradients = gradients(theirs)
 for name, model in {"absmax": ours, "absmax-torchao-gradient": arm}.items():
     pairs = list(zip(gradients(model), their_gradients, strict=True))
     zeros = all(torch.equal(a == 0, b == 0) for a, b in pairs)
-    close = all(torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in pairs)
-    print(f"{name}: zero where torchao's are: {zeros}, equal to a millionth: {close}")
+    close = all(
+        torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in pairs
+    )
+    print(
+        f"{name}: zero where torchao's are: {zeros}, equal to a millionth: "
+        f"{close}"
+    )
 
 # %% [markdown]
 # Which rule trains better is not settled by counting. More names on both sides stand in
@@ -511,22 +605,31 @@ for name, model in {"absmax": ours, "absmax-torchao-gradient": arm}.items():
 # It keeps the loss of every arm on every test document, so that all numbers below are computed
 # here, in the way of the last section.
 
-# %%
+# %% tags=["hide-input"]
 settings = content["provenance"]["settings"]
 seeds = range(settings["seeds"])
-print(f"{content['provenance']['date']}: {settings['steps']} steps, {len(seeds)} seeds")
+print(
+    f"{content['provenance']['date']}: {settings['steps']} steps, "
+    f"{len(seeds)} seeds"
+)
 
 
 def recorded(arm, scheme, seed):
     key = (arm, scheme, seed)
-    (r,) = (r for r in content["records"] if (r["arm"], r["scheme"], r["seed"]) == key)
+    (r,) = (
+        r
+        for r in content["records"]
+        if (r["arm"], r["scheme"], r["seed"]) == key
+    )
     return DocumentLosses(np.array(r["loss"]), np.array(r["tokens"]))
 
 
 def over_seeds(arm, scheme):
     """The loss on each document, averaged over the seeds."""
     runs = [recorded(arm, scheme, seed) for seed in seeds]
-    return DocumentLosses(np.mean([run.loss for run in runs], axis=0), runs[0].tokens)
+    return DocumentLosses(
+        np.mean([run.loss for run in runs], axis=0), runs[0].tokens
+    )
 
 
 def recovered(scheme, losses, *seed):
@@ -538,15 +641,27 @@ def recovered(scheme, losses, *seed):
 
 
 # %%
-found = {scheme: recovered(scheme, over_seeds) for scheme in ("W4", "W3", "W2")}
+found = {
+    scheme: recovered(scheme, over_seeds) for scheme in ("W4", "W3", "W2")
+}
 for scheme, result in found.items():
     each = [recovered(scheme, recorded, seed).share for seed in seeds]
-    by_seed = ", ".join(f"{share.value:.0%}" if share else "nothing to recover" for share in each)
-    print(f"{scheme}  damage {result.damage}\n    recovered {result}; by seed: {by_seed}")
+    by_seed = ", ".join(
+        f"{share.value:.0%}" if share else "nothing to recover"
+        for share in each
+    )
+    print(
+        f"{scheme}  damage {result.damage}\n    recovered {result}; by "
+        f"seed: {by_seed}"
+    )
 
-# %% mystnb={"image": {"alt": "Share of the damage that training recovered, with intervals, for four, three and two bits in groups of 32, averaged over the seeds."}}
+# %% mystnb={"image": {"alt": "Share of the damage that training recovered, with intervals, for four, three and two bits in groups of 32, averaged over the seeds."}} tags=["hide-input"]
 estimates(
-    {scheme: result.share for scheme, result in found.items() if result.share},
+    {
+        scheme: result.share
+        for scheme, result in found.items()
+        if result.share
+    },
     xlabel="share of the damage recovered",
 )
 
@@ -573,14 +688,21 @@ print("two bits, half or more recovered:", found["W2"].share.low > 0.5)
 
 # %%
 name = "sentence-transformers/all-MiniLM-L6-v2"
-minilm, tokenizer = load_pretrained(name, head="embedding"), load_tokenizer(name)
+minilm, tokenizer = (
+    load_pretrained(name, head="embedding"),
+    load_tokenizer(name),
+)
 reference = language_reference()
 
 
 def sentences(documents):
     text = " ".join(" ".join(documents).split())
     found = re.split(r"(?<=\.) (?=[A-Z])", text)
-    return [s for s in found if 40 <= len(s) <= 200 and re.match(r"[A-Z][\w ,.'()*\";:-]+$", s)]
+    return [
+        s
+        for s in found
+        if 40 <= len(s) <= 200 and re.match(r"[A-Z][\w ,.'()*\";:-]+$", s)
+    ]
 
 
 learn, held_out = sentences(reference.train), sentences(reference.test)
@@ -590,23 +712,33 @@ print(held_out[3])
 
 # %%
 def embed(model, batch):
-    tokens = tokenizer(batch, padding=True, truncation=True, max_length=32, return_tensors="pt")
+    tokens = tokenizer(
+        batch,
+        padding=True,
+        truncation=True,
+        max_length=32,
+        return_tensors="pt",
+    )
     hidden = model(**tokens).last_hidden_state  # (sentences, tokens, 384)
     mask = tokens["attention_mask"][..., None]  # (sentences, tokens, 1)
-    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)  # (sentences, 384)
+    return F.normalize(
+        (hidden * mask).sum(1) / mask.sum(1), dim=-1
+    )  # (sentences, 384)
 
 
 @torch.no_grad()
 def agreement(model):
-    """Cosine similarity with the float model's vector, for each held-out sentence."""
+    """Cosine with the float model's vector, for each sentence."""
     return (embed(model, held_out) * target).sum(-1).numpy()
 
 
 with torch.no_grad():
     target = embed(minilm, held_out)
 skip = ["pooler"]  # a layer that sentence vectors do not pass through
-rounded_only = {bits: agreement(prepare_qat(minilm, scheme, "absmax", skip=skip))
-                for bits, scheme in {4: W4, 2: W2}.items()}  # fmt: skip
+rounded_only = {
+    bits: agreement(prepare_qat(minilm, scheme, "absmax", skip=skip))
+    for bits, scheme in {4: W4, 2: W2}.items()
+}
 
 # %% [markdown]
 # At four bits the vectors turn a little; at two they turn away, and there training is worth its
@@ -628,7 +760,7 @@ for step in range(30):
     descent.step()
 trained = agreement(convert(tiny))
 
-# %% mystnb={"image": {"alt": "Mean cosine similarity with the float model on held-out sentences, with intervals: close to one for four bits rounded, far lower for two bits rounded, and clearly higher for two bits after thirty steps of training."}} tags=["nbval-ignore-output"]
+# %% mystnb={"image": {"alt": "Mean cosine similarity with the float model on held-out sentences, with intervals: close to one for four bits rounded, far lower for two bits rounded, and clearly higher for two bits after thirty steps of training."}} tags=["nbval-ignore-output", "hide-input"]
 cosines = {
     "4 bits, rounded": bootstrap(rounded_only[4]),
     "2 bits, rounded": bootstrap(rounded_only[2]),

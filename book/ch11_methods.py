@@ -26,7 +26,7 @@
 #
 # *Running time: about two minutes on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import json
 import logging
 import warnings
@@ -35,8 +35,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
-
 from companion import (
     W2,
     W3,
@@ -52,7 +50,12 @@ from companion import (
     prepare_qat,
 )
 from companion.course.check import check
-from companion.course.figures import bars, curves, estimates_by_bits, histogram
+from companion.course.figures import (
+    bars,
+    curves,
+    estimates_by_bits,
+    histogram,
+)
 from companion.evaluation.language import document_losses
 from companion.numerics.affine import to_groups
 from companion.ptq.gptq import round_with_compensation
@@ -61,6 +64,7 @@ from companion.qat.ranges import LearnedStepSize, best_ratio, make_quantizer
 from companion.study.recipes import ARMS, lora
 from companion.study.tables import tabulate
 from companion.training.losses import distillation_loss
+from torch import nn
 
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
@@ -81,14 +85,18 @@ print(tuple(weight.shape), "->", tuple(groups.shape))
 # q_{\min}, q_{\max})\big)^2 . $$
 
 # %%
-scheme = QuantScheme(weight_bits=2, group_size=32, scale_dtype=torch.float32)
+scheme = QuantScheme(
+    weight_bits=2, group_size=32, scale_dtype=torch.float32
+)
 qmin, qmax = scheme.integers
 absmax, _ = choose_scale(groups, bits=2)  # (out, groups, 1)
 
 
 def squared_error(scale):
     steps = torch.round(groups * (1 / scale)).clamp(qmin, qmax)
-    return (steps * scale - groups).square().sum(-1, keepdim=True)  # (out, groups, 1)
+    return (
+        (steps * scale - groups).square().sum(-1, keepdim=True)
+    )  # (out, groups, 1)
 
 
 ratios = torch.arange(1.1, 0.24, -0.025)  # of the absmax scale
@@ -109,14 +117,22 @@ print(f"squared error left by the search: {clipped:.0%} of absmax's")
 turned = torch.stack([squared_error(absmax * -r) for r in ratios])
 both = torch.minimum(errors.amin(0), turned.amin(0))
 print(f"with both signs: {both.sum() / squared_error(absmax).sum():.0%}")
-print(f"groups that turn around: {(turned.amin(0) < errors.amin(0)).float().mean():.0%}")
+print(
+    f"groups that turn around: "
+    f"{(turned.amin(0) < errors.amin(0)).float().mean():.0%}"
+)
 
-# %% mystnb={"image": {"alt": "Squared error of one group of weights against the scale, as a share of the absmax scale, for both signs. The absmax scale, at one, is far from the best; the smallest error lies near one half to three quarters, and one sign does better than the other."}}
+# %% mystnb={"image": {"alt": "Squared error of one group of weights against the scale, as a share of the absmax scale, for both signs. The absmax scale, at one, is far from the best; the smallest error lies near one half to three quarters, and one sign does better than the other."}} tags=["hide-input"]
 one = (0, 3)  # a group of the first row
 curves(
-    {sign: e[:, *one, 0].tolist() for sign, e in (("positive", errors), ("negative", turned))},
-    x=ratios.tolist(), xlabel="scale, as a share of the absmax scale", ylabel="squared error",
-)  # fmt: skip
+    {
+        sign: e[:, *one, 0].tolist()
+        for sign, e in (("positive", errors), ("negative", turned))
+    },
+    x=ratios.tolist(),
+    xlabel="scale, as a share of the absmax scale",
+    ylabel="squared error",
+)
 
 # %% [markdown]
 # The companion's search is `best_ratio`, and a model whose ranges were searched is prepared with
@@ -126,7 +142,9 @@ curves(
 # %%
 ratio = best_ratio(groups, scheme)
 print("same error:", torch.allclose(squared_error(absmax * ratio), both))
-few = list(islice(load_task("language-reference").validation, 1))  # 16 windows
+few = list(
+    islice(load_task("language-reference").validation, 1)
+)  # 16 windows
 
 
 def loss(model):
@@ -136,9 +154,14 @@ def loss(model):
 # %%
 damage = {}
 for name, bits in (("4 bits", W4), ("3 bits", W3), ("2 bits", W2)):
-    damage[name] = [loss(prepare_qat(start, bits, m)) - loss(start) for m in ("absmax", "mse")]
-    print(f"{name}: the search leaves less than 3/4 of the damage:",
-          damage[name][1] < 0.75 * damage[name][0])  # fmt: skip
+    damage[name] = [
+        loss(prepare_qat(start, bits, m)) - loss(start)
+        for m in ("absmax", "mse")
+    ]
+    print(
+        f"{name}: the search leaves less than 3/4 of the damage:",
+        damage[name][1] < 0.75 * damage[name][0],
+    )
 
 # %% [markdown]
 # No data, no training, and the file has as many bytes as before.
@@ -171,24 +194,34 @@ def slope(w, s):
 
 w = torch.linspace(-4, 4, 401)
 
-# %% mystnb={"image": {"alt": "Gradient of the rounded weight with respect to the scale, against the weight in steps. Inside the range it is a sawtooth between minus one half and one half; below it is constant at minus two, above constant at one."}}
-curves({"slope": slope(w, torch.tensor(1.0)).tolist()}, x=w.tolist(),
-       xlabel="weight, in steps of the grid", ylabel="gradient for the scale")  # fmt: skip
+# %% mystnb={"image": {"alt": "Gradient of the rounded weight with respect to the scale, against the weight in steps. Inside the range it is a sawtooth between minus one half and one half; below it is constant at minus two, above constant at one."}} tags=["hide-input"]
+curves(
+    {"slope": slope(w, torch.tensor(1.0)).tolist()},
+    x=w.tolist(),
+    xlabel="weight, in steps of the grid",
+    ylabel="gradient for the scale",
+)
 
 # %% [markdown]
 # By hand, from the companion's `LearnedStepSize`, and from an operator that PyTorch keeps for this
 # purpose. It takes positive scales only, so all three get those of absmax.
 
 # %%
-upstream = torch.randn(groups.shape, generator=generator, dtype=torch.double).float()
+upstream = torch.randn(
+    groups.shape, generator=generator, dtype=torch.double
+).float()
 g = (32 * qmax) ** -0.5
-by_hand = (upstream * slope(groups, absmax)).sum(-1, keepdim=True) * g  # (out, groups, 1)
+by_hand = (upstream * slope(groups, absmax)).sum(
+    -1, keepdim=True
+) * g  # (out, groups, 1)
 
 quantizer = LearnedStepSize(scheme)
 quantizer.start_at(absmax)
 rounded = quantizer(weight)
 rounded.backward(upstream.view_as(weight))
-ours = quantizer.step.grad / absmax  # the parameter is the scale over its first value
+ours = (
+    quantizer.step.grad / absmax
+)  # the parameter is the scale over its first value
 
 # %%
 flat = groups.reshape(-1, 32)
@@ -198,9 +231,15 @@ theirs = torch._fake_quantize_learnable_per_channel_affine(
 )
 theirs.backward(upstream.view_as(flat))
 print("same values as PyTorch:", torch.equal(rounded.view_as(flat), theirs))
-print("same gradient by hand: ", torch.allclose(ours, by_hand, rtol=1e-4, atol=1e-5))
+print(
+    "same gradient by hand: ",
+    torch.allclose(ours, by_hand, rtol=1e-4, atol=1e-5),
+)
 print(f"the median scale: {absmax.median():.3f}")
-print("same gradient, PyTorch:", torch.allclose(ours.view(-1), s.grad, rtol=1e-4, atol=1e-5))
+print(
+    "same gradient, PyTorch:",
+    torch.allclose(ours.view(-1), s.grad, rtol=1e-4, atol=1e-5),
+)
 
 # %% [markdown]
 # ### Where it starts, and how fast it moves
@@ -231,9 +270,15 @@ class Untuned(LearnedStepSize):
         return self.step
 
 
-task = load_task("language-reference", batch_size=4)  # 1,024 tokens in a step
+task = load_task(
+    "language-reference", batch_size=4
+)  # 1,024 tokens in a step
 trained = {}
-for name, method in (("absmax", "absmax"), ("untuned", Untuned), ("lsq", "lsq")):
+for name, method in (
+    ("absmax", "absmax"),
+    ("untuned", Untuned),
+    ("lsq", "lsq"),
+):
     model = prepare_qat(start, W3, method)
     fit(model, task.train, steps=40, lr=1e-3, seed=0)
     trained[name] = loss(model)
@@ -247,9 +292,13 @@ for name, value in trained.items():
 
 # %%
 print(
-    "untuned learned scales lose to plain absmax: ", trained["untuned"] > trained["absmax"] + 0.01
+    "untuned learned scales lose to plain absmax: ",
+    trained["untuned"] > trained["absmax"] + 0.01,
 )
-print("the same method, started and paced with care:", trained["lsq"] < trained["untuned"] - 0.01)
+print(
+    "the same method, started and paced with care:",
+    trained["lsq"] < trained["untuned"] - 0.01,
+)
 
 # %% [markdown]
 # **When to choose it.** When you train anyway, and the fewer the bits, the more. It adds one number
@@ -268,7 +317,9 @@ print("the same method, started and paced with care:", trained["lsq"] < trained[
 batch = next(iter(task.train))
 student = prepare_qat(start, W2, "lsq")
 with torch.no_grad():
-    log_p = start(input_ids=batch["input_ids"]).logits.log_softmax(-1)  # (rows, tokens, words)
+    log_p = start(input_ids=batch["input_ids"]).logits.log_softmax(
+        -1
+    )  # (rows, tokens, words)
     log_q = student(input_ids=batch["input_ids"]).logits.log_softmax(-1)
     by_hand = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     ours = distillation_loss(start)(student, batch)
@@ -285,10 +336,15 @@ tokenizer = load_tokenizer("docs-lm")
 place = (0, 40)  # the forty-first token of the first row
 top = log_p[place].topk(5).indices
 bars(
-    {f"{tokenizer.decode([k])!r} {who}": float(100 * logs[place][k].exp())
-     for k in top.tolist() for who, logs in (("float", log_p), ("2 bits", log_q))},
+    {
+        f"{tokenizer.decode([k])!r} {who}": float(
+            100 * logs[place][k].exp()
+        )
+        for k in top.tolist()
+        for who, logs in (("float", log_p), ("2 bits", log_q))
+    },
     xlabel="probability of the next token (%)",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # In `fit` it is one word, `teacher=`. The teacher is usually the very model that was rounded, once
@@ -318,7 +374,10 @@ bars(
 # %%
 for name, arm in ARMS.items():
     first, rest = arm.steps(400)
-    print(f"{name:24} {first:3} float + {rest:3} rounded {'with a teacher' * arm.distil}")
+    print(
+        f"{name:24} {first:3} float + {rest:3} rounded "
+        f"{'with a teacher' * arm.distil}"
+    )
 
 # %% [markdown]
 # ## Few parameters: LoRA inside the rounding
@@ -340,7 +399,10 @@ with torch.no_grad():
     merged = adapted.merge_and_unload()
     after = merged(input_ids=batch["input_ids"]).logits
     stored = convert(merged)(input_ids=batch["input_ids"]).logits
-print("merged, within float rounding:", torch.allclose(before, after, rtol=1e-4, atol=1e-3))
+print(
+    "merged, within float rounding:",
+    torch.allclose(before, after, rtol=1e-4, atol=1e-3),
+)
 print("converted = merged:           ", torch.equal(stored, after))
 
 # %% [markdown]
@@ -350,16 +412,30 @@ print("converted = merged:           ", torch.equal(stored, after))
 # %% mystnb={"image": {"alt": "Histogram of distances from the nearest grid point, in steps. With the adapter added after the rounding, hardly any weight sits on a grid point; distances reach far into the space between two."}} tags=["nbval-ignore-output"]
 name = merged.quantization.layers[0]
 inside = merged.get_submodule(name)
-steps = inside.quantizer.scale(inside.quantizer.groups(inside.weight)).float()  # (out, groups, 1)
+steps = inside.quantizer.scale(
+    inside.quantizer.groups(inside.weight)
+).float()  # (out, groups, 1)
 update = inside.weight - start.get_submodule(name).weight  # BA
 outside = inside.quantizer(start.get_submodule(name).weight) + update
 places = inside.quantizer.groups(outside.detach()) / steps
-histogram((places - places.round()).abs().numpy(), xlabel="distance from the grid (steps)")
+histogram(
+    (places - places.round()).abs().numpy(),
+    xlabel="distance from the grid (steps)",
+)
 
 # %%
-on_grid = inside.quantizer.groups(inside.quantizer(inside.weight).detach()) / steps
-print("inside the rounding, all on the grid:", torch.allclose(on_grid, on_grid.round(), atol=1e-3))
-print("outside, nearly none:", ((places - places.round()).abs() < 1e-3).float().mean().item() < 0.1)
+on_grid = (
+    inside.quantizer.groups(inside.quantizer(inside.weight).detach())
+    / steps
+)
+print(
+    "inside the rounding, all on the grid:",
+    torch.allclose(on_grid, on_grid.round(), atol=1e-3),
+)
+print(
+    "outside, nearly none:",
+    ((places - places.round()).abs() < 1e-3).float().mean().item() < 0.1,
+)
 
 # %% [markdown]
 # **When to choose it.** For lack of memory. It moves less, so expect it to recover less at two bits.
@@ -378,11 +454,18 @@ print("outside, nearly none:", ((places - places.round()).abs() < 1e-3).float().
 
 # %%
 pair = torch.tensor([[0.6, 0.6]])
-together = torch.tensor([[1.0, 0.999], [0.999, 1.0]])  # H of two inputs that are nearly the same
+together = torch.tensor(
+    [[1.0, 0.999], [0.999, 1.0]]
+)  # H of two inputs that are nearly the same
 U = torch.linalg.cholesky(torch.linalg.inv(together), upper=True)
 first = pair[0, 0].round()  # 1, an error of -0.4
 second = (pair[0, 1] - (pair[0, 0] - first) * U[0, 1] / U[0, 0]).round()
-print("to nearest:", pair.round().tolist(), " with compensation:", [first.item(), second.item()])
+print(
+    "to nearest:",
+    pair.round().tolist(),
+    " with compensation:",
+    [first.item(), second.item()],
+)
 
 # %% [markdown]
 # To the nearest, both go up and the sum of 1.2 becomes 2. With compensation it becomes 1. The
@@ -393,7 +476,9 @@ print("to nearest:", pair.round().tolist(), " with compensation:", [first.item()
 # %%
 inputs = {}
 layer = start.model.layers[0].mlp.down_proj
-hook = layer.register_forward_pre_hook(lambda _, args: inputs.update(x=args[0].flatten(0, 1)))
+hook = layer.register_forward_pre_hook(
+    lambda _, args: inputs.update(x=args[0].flatten(0, 1))
+)
 with torch.no_grad():
     start(input_ids=batch["input_ids"])
 hook.remove()
@@ -403,26 +488,39 @@ H = x.t() @ x / len(x)
 
 # %%
 def output_error(rounded):
-    return float(((rounded - weight) @ x.t()).square().mean() / (weight @ x.t()).square().mean())
+    return float(
+        ((rounded - weight) @ x.t()).square().mean()
+        / (weight @ x.t()).square().mean()
+    )
 
 
 errors = {}
 for bits, form in ((4, W4), (3, W3), (2, W2)):
     for name in ("absmax", "mse"):
-        errors[f"{bits} bits, {name}"] = output_error(make_quantizer(form, name, weight)(weight))
+        errors[f"{bits} bits, {name}"] = output_error(
+            make_quantizer(form, name, weight)(weight)
+        )
     integers, scale = round_with_compensation(weight, H, form)
-    values = (to_groups(integers, 32) * scale[..., None].float()).view_as(weight)
+    values = (to_groups(integers, 32) * scale[..., None].float()).view_as(
+        weight
+    )
     errors[f"{bits} bits, gptq"] = output_error(values)
 
-# %% mystnb={"image": {"alt": "Relative error of one layer's output for absmax, searched range and GPTQ at four, three and two bits. At each width GPTQ leaves the smallest error, the searched range the second smallest."}} tags=["nbval-ignore-output"]
-bars({name: 100 * e for name, e in errors.items()}, xlabel="squared error of the output (%)")
+# %% mystnb={"image": {"alt": "Relative error of one layer's output for absmax, searched range and GPTQ at four, three and two bits. At each width GPTQ leaves the smallest error, the searched range the second smallest."}} tags=["nbval-ignore-output", "hide-input"]
+bars(
+    {name: 100 * e for name, e in errors.items()},
+    xlabel="squared error of the output (%)",
+)
 
 # %%
 for bits in (4, 3, 2):
     nearest, searched, compensated = (
         errors[f"{bits} bits, {m}"] for m in ("absmax", "mse", "gptq")
     )
-    print(f"{bits} bits: gptq < mse < absmax:", compensated < searched < nearest)
+    print(
+        f"{bits} bits: gptq < mse < absmax:",
+        compensated < searched < nearest,
+    )
 
 # %% [markdown]
 # The result of `gptq` is a *prepared* model with its weights on the grid: `convert` it, or train on
@@ -453,21 +551,41 @@ int8 = QuantScheme(8, None, activations=Activations(8, "tensor"))
 
 def error(model):
     with torch.no_grad():
-        return float((prepare_qat(model, int8)(x) - loud(x)).square().mean())
+        return float(
+            (prepare_qat(model, int8)(x) - loud(x)).square().mean()
+        )
 
 
 with torch.no_grad():
-    print("loudest channel over the median:", *(
-        f"{name} {m[0](x).abs().amax(0).max() / m[0](x).abs().amax(0).median():.0f}"
-        for name, m in (("before", loud), ("after", calm))))  # fmt: skip
-    print("same function in floating point:", torch.allclose(calm(x), loud(x), atol=1e-4))
-print("error after rounding, less than a twentieth:", error(calm) < error(loud) / 20)
+    print(
+        "loudest channel over the median:",
+        *(
+            f"{name} {peaks.max() / peaks.median():.0f}"
+            for name, m in (("before", loud), ("after", calm))
+            for peaks in [m[0](x).abs().amax(0)]
+        ),
+    )
+    print(
+        "same function in floating point:",
+        torch.allclose(calm(x), loud(x), atol=1e-4),
+    )
+print(
+    "error after rounding, less than a twentieth:",
+    error(calm) < error(loud) / 20,
+)
 
 # %% mystnb={"image": {"alt": "Largest activation of each of 64 channels, on a logarithmic axis, before and after smoothing. Before, one channel stands far above all others; after, all are alike."}}
 with torch.no_grad():
-    loudness = {name: sorted(m[0](x).abs().amax(0).tolist(), reverse=True)
-                for name, m in (("before", loud), ("after", calm))}  # fmt: skip
-curves(loudness, xlabel="channel, loudest first", ylabel="largest activation", log_y=True)
+    loudness = {
+        name: sorted(m[0](x).abs().amax(0).tolist(), reverse=True)
+        for name, m in (("before", loud), ("after", calm))
+    }
+curves(
+    loudness,
+    xlabel="channel, loudest first",
+    ylabel="largest activation",
+    log_y=True,
+)
 
 # %% [markdown]
 # **When to choose it.** With 8-bit activations and a model of billions of parameters, where loud
@@ -498,13 +616,18 @@ curves(loudness, xlabel="channel, loudest first", ylabel="largest activation", l
 # documents were drawn (a {term}`bootstrap`, in pairs), and which order of the batches a run had
 # (Student's t over the seeds; with so few of them a severe judge).
 
-# %%
-content = json.loads((Path("..") / "benchmarks" / "results" / "recovery.json").read_text())
+# %% tags=["hide-input"]
+content = json.loads(
+    (Path("..") / "benchmarks" / "results" / "recovery.json").read_text()
+)
 runs = [run for run in content["runs"] if run["model"] == "docs-lm"]
 table = tabulate(runs)
 settings = content["provenance"]["settings"]
-print(f"{content['provenance']['date']}: {settings['steps']} steps, {settings['seeds']} seeds,",
-      f"{table['n'].iloc[0]} test documents")  # fmt: skip
+print(
+    f"{content['provenance']['date']}: {settings['steps']} steps, "
+    f"{settings['seeds']} seeds,",
+    f"{table['n'].iloc[0]} test documents",
+)
 
 float_bytes = next(run["bytes"] for run in runs if run["method"] == "float")
 
@@ -512,26 +635,38 @@ float_bytes = next(run["bytes"] for run in runs if run["method"] == "float")
 def interval(row, name, form):
     if pd.isna(row[name]):
         return ""
-    return f"{row[name]:{form}} [{row[name + '_low']:{form}}, {row[name + '_high']:{form}}]"
+    low, high = row[name + "_low"], row[name + "_high"]
+    return f"{row[name]:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def view(scheme):
     rows = table.loc[scheme]
-    return pd.DataFrame({
-        "loss": rows["value"].map("{:.3f}".format),
-        "recovered": [interval(row, "recovered", ".0%") for _, row in rows.iterrows()],
-        "cost": rows["cost"].map("{:.2f}".format),
-        "file": (rows["bytes"] / float_bytes).map("{:.2f}".format),
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "loss": rows["value"].map("{:.3f}".format),
+            "recovered": [
+                interval(row, "recovered", ".0%")
+                for _, row in rows.iterrows()
+            ],
+            "cost": rows["cost"].map("{:.2f}".format),
+            "file": (rows["bytes"] / float_bytes).map("{:.2f}".format),
+        }
+    )
 
 
-# %%
+# %% tags=["hide-input"]
 def show(suffix):
     """The table of each width, for one granularity."""
-    for scheme in [name for name in table.index.unique("scheme") if name.endswith(suffix)]:
+    for scheme in [
+        name
+        for name in table.index.unique("scheme")
+        if name.endswith(suffix)
+    ]:
         row = table.loc[scheme].iloc[0]
-        print(f"{scheme}: float control {row['float']:.3f}, "
-              f"damage {interval(row, 'damage', '.3f')} nats")  # fmt: skip
+        print(
+            f"{scheme}: float control {row['float']:.3f}, "
+            f"damage {interval(row, 'damage', '.3f')} nats"
+        )
         print(view(scheme).to_string(), "\n")
 
 
@@ -543,7 +678,7 @@ show("g32")
 # file over the float one. torchao's file counts a byte for every integer, of whatever width; ours
 # packs them, but both keep the embedding in floating point.
 
-# %% mystnb={"image": {"alt": "Share of the damage recovered at four, three and two bits in groups of 32, with intervals, for six methods. The default lies highest at every width. At three and two bits the learned step size follows, then GPTQ, with plain QAT by absmax and by torchao close to it; the searched range is lowest. At four bits the intervals are very wide and overlap."}}
+# %% mystnb={"image": {"alt": "Share of the damage recovered at four, three and two bits in groups of 32, with intervals, for six methods. The default lies highest at every width. At three and two bits the learned step size follows, then GPTQ, with plain QAT by absmax and by torchao close to it; the searched range is lowest. At four bits the intervals are very wide and overlap."}} tags=["hide-input"]
 CHART = ("nearest-mse", "gptq", "torchao", "absmax", "lsq", "default")
 
 
@@ -551,14 +686,27 @@ def shares(suffix):
     """Recovered share of each method at each width, as estimates."""
     lines = {}
     for (scheme, method), row in table.iterrows():
-        if method in CHART and scheme.endswith(suffix) and not pd.isna(row["recovered"]):
-            values = (row["recovered"], row["recovered_low"], row["recovered_high"], row["n"])
+        if (
+            method in CHART
+            and scheme.endswith(suffix)
+            and not pd.isna(row["recovered"])
+        ):
+            values = (
+                row["recovered"],
+                row["recovered_low"],
+                row["recovered_high"],
+                row["n"],
+            )
             lines.setdefault(method, {})[int(scheme[1])] = Estimate(*values)
     return {method: lines[method] for method in CHART if method in lines}
 
 
-figure = estimates_by_bits(shares("g32"), ylabel="share of the damage recovered")
-figure.axes[0].set_ylim(-0.5, 2)  # at four bits some intervals go on beyond the edge
+figure = estimates_by_bits(
+    shares("g32"), ylabel="share of the damage recovered"
+)
+figure.axes[0].set_ylim(
+    -0.5, 2
+)  # at four bits some intervals go on beyond the edge
 figure
 
 # %% [markdown]
@@ -570,10 +718,16 @@ figure
 
 # %%
 imitating = table.loc[("W2 g32", "float-distilled")]
-print("float, imitating, minus the control:", interval(imitating, "difference", "+.3f"))
+print(
+    "float, imitating, minus the control:",
+    interval(imitating, "difference", "+.3f"),
+)
 for scheme in ("W4 g32", "W3 g32", "W2 g32"):
     row = table.loc[(scheme, "default")]
-    print(f"{scheme} default minus the control: {interval(row, 'difference', '+.3f')}")
+    print(
+        f"{scheme} default minus the control: "
+        f"{interval(row, 'difference', '+.3f')}"
+    )
 
 # %% [markdown]
 # The fair reading of a share above one: the *recipe* made up for the damage, and part of that was
@@ -581,15 +735,20 @@ for scheme in ("W4 g32", "W3 g32", "W2 g32"):
 # compared:
 
 
-# %%
+# %% tags=["hide-input"]
 def verdicts(suffix):
-    """Is the default's whole interval above torchao's, and above the best post-training one?"""
+    """Is the default's whole interval above the other arms'?"""
     for bits in ("W4", "W3", "W2"):
         found = table.loc[f"{bits} {suffix}"]
         default = found.loc["default", "recovered_low"]
-        best_ptq = found.loc[["nearest-mse", "gptq"], "recovered_high"].max()
-        print(f"{bits} {suffix}: default above torchao: {default > found.loc['torchao', 'recovered_high']},"
-              f" above the best PTQ: {default > best_ptq}")  # fmt: skip
+        best_ptq = found.loc[
+            ["nearest-mse", "gptq"], "recovered_high"
+        ].max()
+        print(
+            f"{bits} {suffix}: default above torchao: "
+            f"{default > found.loc['torchao', 'recovered_high']},"
+            f" above the best PTQ: {default > best_ptq}"
+        )
 
 
 verdicts("g32")
@@ -604,7 +763,9 @@ verdicts("g32")
 show("row")
 
 # %% mystnb={"image": {"alt": "Share of the damage recovered at four, three and two bits with one scale per row, for the same six methods. The default lies highest at every width, at three and two bits followed by the learned step size; at two bits GPTQ has fallen behind all that train, and the searched range is lowest throughout. At four bits the intervals are wide and overlap."}}
-figure = estimates_by_bits(shares("row"), ylabel="share of the damage recovered")
+figure = estimates_by_bits(
+    shares("row"), ylabel="share of the damage recovered"
+)
 figure.axes[0].set_ylim(-0.5, 2)
 figure
 
@@ -619,17 +780,32 @@ verdicts("row")
 # chosen on validation among two. The loss is the cross-entropy of a passage.
 
 # %%
-other = tabulate([run for run in content["runs"] if run["model"] != "docs-lm"])
+other = tabulate(
+    [run for run in content["runs"] if run["model"] != "docs-lm"]
+)
 for scheme in other.index.unique("scheme"):
     row = other.loc[scheme].iloc[0]
-    print(f"{scheme}: float {row['float']:.3f}, damage {interval(row, 'damage', '.3f')} nats,",
-          f"{row['n']:.0f} passages")  # fmt: skip
-    print(pd.DataFrame({
-        "loss": other.loc[scheme, "value"].map("{:.3f}".format),
-        "minus the control": [interval(r, "difference", "+.3f")
-                              for _, r in other.loc[scheme].iterrows()],
-        "recovered": [interval(r, "recovered", ".0%") for _, r in other.loc[scheme].iterrows()],
-    }).to_string(), "\n")  # fmt: skip
+    print(
+        f"{scheme}: float {row['float']:.3f}, damage "
+        f"{interval(row, 'damage', '.3f')} nats,",
+        f"{row['n']:.0f} passages",
+    )
+    print(
+        pd.DataFrame(
+            {
+                "loss": other.loc[scheme, "value"].map("{:.3f}".format),
+                "minus the control": [
+                    interval(r, "difference", "+.3f")
+                    for _, r in other.loc[scheme].iterrows()
+                ],
+                "recovered": [
+                    interval(r, "recovered", ".0%")
+                    for _, r in other.loc[scheme].iterrows()
+                ],
+            }
+        ).to_string(),
+        "\n",
+    )
 
 # %% [markdown]
 # Here the order turns around. Fixed after the table was seen, whole intervals compared:
@@ -637,11 +813,17 @@ for scheme in other.index.unique("scheme"):
 # %%
 for scheme in other.index.unique("scheme"):
     found = other.loc[scheme]
-    behind = found.loc["default", "recovered_high"] < found.loc["gptq", "recovered_low"]
+    behind = (
+        found.loc["default", "recovered_high"]
+        < found.loc["gptq", "recovered_low"]
+    )
     early = found.loc[["absmax", "torchao"]]
     unclear = (early["difference_low"] < 0) & (early["difference_high"] > 0)
-    print(f"{scheme}: default below GPTQ: {behind};"
-          f" arms rounding from the first step, not to be told from the control: {unclear.sum()} of 2")  # fmt: skip
+    print(
+        f"{scheme}: default below GPTQ: {behind};"
+        f" arms rounding from the first step, not to be told from the "
+        f"control: {unclear.sum()} of 2"
+    )
 
 # %% [markdown]
 # Those that round from the first step end where the control ends, within the noise of three orders of
@@ -650,21 +832,35 @@ for scheme in other.index.unique("scheme"):
 # that the control still learns from the last quarter. The study's file has the trials for it, on
 # validation with a seed of their own; the float rate is the one that was better at full length:
 
-# %%
+# %% tags=["hide-input"]
 tried = pd.DataFrame(content["levers"])
 tried = tried[tried["model"] != "docs-lm"]
 control = tried[(tried["method"] == "float") & (tried["steps"] == 100)]
 rate = control.loc[control["validation_loss"].idxmin(), "lr"]
 teacher = tried[(tried["method"] == "float") & (tried["steps"] == 75)]
 teacher = teacher.set_index("lr")["validation_loss"]
-imitators = tried[tried["method"] == "default"].groupby("scheme")["validation_loss"].min()
-print(f"float, 100 steps:                  {control['validation_loss'].min():.3f}")
-print(f"float, 75 steps at the same rate:  {teacher[rate]:.3f}  (the teacher)")
+imitators = (
+    tried[tried["method"] == "default"]
+    .groupby("scheme")["validation_loss"]
+    .min()
+)
+print(
+    f"float, 100 steps:                  "
+    f"{control['validation_loss'].min():.3f}"
+)
+print(
+    f"float, 75 steps at the same rate:  {teacher[rate]:.3f}  (the teacher)"
+)
 for scheme, loss in imitators.items():
     print(f"default, {scheme}, 75 + 25 steps:  {loss:.3f}")
-print("each default nearer to the teacher than to the control:",
-      all(loss - teacher[rate] < teacher[rate] - control["validation_loss"].min()
-          for loss in imitators))  # fmt: skip
+print(
+    "each default nearer to the teacher than to the control:",
+    all(
+        loss - teacher[rate]
+        < teacher[rate] - control["validation_loss"].min()
+        for loss in imitators
+    ),
+)
 print(f"float, 75 steps at the other rate: {teacher.drop(rate).item():.3f}")
 
 # %% [markdown]
@@ -682,14 +878,25 @@ print(f"float, 75 steps at the other rate: {teacher.drop(rate).item():.3f}")
 # looked at. Everything that was tried on the way is in the file too, under `levers`: the shares of
 # float steps, the starts, the temperatures, and what came of them.
 
-# %%
+# %% tags=["hide-input"]
 levers = pd.DataFrame(content["levers"])
 levers = levers[levers["model"] == "docs-lm"]
 tried = levers[levers["lever"] == "distillation"]
 tried = tried[
-    ["scheme", "range", "start", "teacher", "steps", "lr", "share_of_divergence", "validation_loss"]
+    [
+        "scheme",
+        "range",
+        "start",
+        "teacher",
+        "steps",
+        "lr",
+        "share_of_divergence",
+        "validation_loss",
+    ]
 ]
-print(tried.sort_values(["scheme", "validation_loss"]).to_string(index=False))
+print(
+    tried.sort_values(["scheme", "validation_loss"]).to_string(index=False)
+)
 
 # %% [markdown]
 # Three things can be read off. The teacher's quality is the ceiling: too few float steps, and the
@@ -699,12 +906,22 @@ print(tried.sort_values(["scheme", "validation_loss"]).to_string(index=False))
 #
 # Every method of this chapter was screened once, at two bits, for a hundred steps and at two rates:
 
-# %%
+# %% tags=["hide-input"]
 screened = levers[
-    (levers["steps"] == 100) & levers["method"].notna() & (levers["scheme"] != "float")
+    (levers["steps"] == 100)
+    & levers["method"].notna()
+    & (levers["scheme"] != "float")
 ]
-best = screened.sort_values("validation_loss").groupby("method", sort=False).first()
-print(best[["lr", "validation_loss"]].round({"validation_loss": 3}).to_string())
+best = (
+    screened.sort_values("validation_loss")
+    .groupby("method", sort=False)
+    .first()
+)
+print(
+    best[["lr", "validation_loss"]]
+    .round({"validation_loss": 3})
+    .to_string()
+)
 
 # %% [markdown]
 # One seed, few steps, and no claim, but the same warning as from MiniLM: at a hundred steps an early

@@ -23,7 +23,7 @@
 #
 # *Running time: about two minutes on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import json
 import re
 import warnings
@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-
 from companion import (
     W2,
     W4,
@@ -48,19 +47,29 @@ from companion.course import passages
 from companion.course.baselines import bm25, tfidf, usual_tag
 from companion.course.check import check
 from companion.course.figures import Panel, panels
-from companion.evaluation.language import as_perplexity, document_losses, loss_difference
+from companion.evaluation.language import (
+    as_perplexity,
+    document_losses,
+    loss_difference,
+)
 from companion.evaluation.metrics import METRICS, spans
 from companion.study.tables import Results, scheme_name, worse
 
 warnings.filterwarnings("ignore")
-content = json.loads((Path("..") / "benchmarks" / "results" / "tasks.json").read_text())
+content = json.loads(
+    (Path("..") / "benchmarks" / "results" / "tasks.json").read_text()
+)
 settings = content["provenance"]["settings"]
 runs = {}
 for run in content["runs"]:
-    runs.setdefault((run["task"], run["scheme"], run["method"]), []).append(run)
+    runs.setdefault((run["task"], run["scheme"], run["method"]), []).append(
+        run
+    )
 tasks = list(content["baselines"])
 print("tasks:", *tasks)
-print(f"{settings['seeds']} seeds; made by {content['provenance']['command']}")
+print(
+    f"{settings['seeds']} seeds; made by {content['provenance']['command']}"
+)
 
 # %% [markdown]
 # ## How the table was made
@@ -83,7 +92,7 @@ print(f"{settings['seeds']} seeds; made by {content['provenance']['command']}")
 # A metric is a ratio of two sums over examples: right answers over questions, or twice the spans in
 # common over the spans of both. So one bootstrap serves them all, and small functions read the file.
 
-# %%
+# %% tags=["hide-input"]
 SCHEMES = ("W8A8 row", "W4 g32", "W3 row", "W2 g32", "W2 row")
 POST_TRAINING = ("nearest", "gptq")
 QAT = {
@@ -97,19 +106,31 @@ QAT = {
 
 def best_ptq(task, scheme):
     """The one of the post-training methods that validation prefers."""
-    found = [method for method in POST_TRAINING if (task, scheme, method) in runs]
-    return min(found, key=lambda m: sum(run["validation_loss"] for run in runs[task, scheme, m]))
+    found = [
+        method for method in POST_TRAINING if (task, scheme, method) in runs
+    ]
+    return min(
+        found,
+        key=lambda m: sum(
+            run["validation_loss"] for run in runs[task, scheme, m]
+        ),
+    )
 
 
 def arms(task, scheme):
     """The runs of each arm; at eight bits nothing is trained."""
     methods = {"best PTQ": best_ptq(task, scheme), "QAT": QAT[task]}
-    return {arm: runs[task, scheme, method] for arm, method in methods.items()
-            if (task, scheme, method) in runs}  # fmt: skip
+    return {
+        arm: runs[task, scheme, method]
+        for arm, method in methods.items()
+        if (task, scheme, method) in runs
+    }
 
 
 def schemes_of(task):
-    return [scheme for scheme in SCHEMES if (task, scheme, "nearest") in runs]
+    return [
+        scheme for scheme in SCHEMES if (task, scheme, "nearest") in runs
+    ]
 
 
 # %% [markdown]
@@ -117,7 +138,7 @@ def schemes_of(task):
 # better QAT is than the best PTQ, in pairs. A difference whose interval holds zero is called a tie.
 
 
-# %%
+# %% tags=["hide-input"]
 def short(e):
     text = f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
     return re.sub(r"\b0\.", ".", text)  # leaves room for the whole row
@@ -129,19 +150,37 @@ def verdict(gain):
 
 def show(task):
     base, control = content["baselines"][task], runs[task, "float", "float"]
-    simple = Results([base | {"higher_is_better": control[0]["higher_is_better"]}] * len(control))
+    simple = Results(
+        [base | {"higher_is_better": control[0]["higher_is_better"]}]
+        * len(control)
+    )
     gain = worse(simple, Results(control))
-    print(f"{control[0]['metric']} on n = {base['n']}, after {control[0]['steps']} steps")
-    print(f"{base['name']}: {base['value']:.3f} [{base['low']:.3f}, {base['high']:.3f}]")
-    print(f"float: {short(Results(control).estimate())}; better by {short(gain)}: {verdict(gain)}")
+    print(
+        f"{control[0]['metric']} on n = {base['n']}, after "
+        f"{control[0]['steps']} steps"
+    )
+    print(
+        f"{base['name']}: {base['value']:.3f} [{base['low']:.3f}, "
+        f"{base['high']:.3f}]"
+    )
+    print(
+        f"float: {short(Results(control).estimate())}; better by "
+        f"{short(gain)}: {verdict(gain)}"
+    )
     rows = {}
     for scheme in schemes_of(task):
         found = {name: Results(r) for name, r in arms(task, scheme).items()}
-        rows[scheme] = {"nearest": f"{Results(runs[task, scheme, 'nearest']).seeds.mean():.3f}"}
-        rows[scheme] |= {name: short(result.estimate()) for name, result in found.items()}
+        nearest = Results(runs[task, scheme, "nearest"]).seeds.mean()
+        rows[scheme] = {"nearest": f"{nearest:.3f}"}
+        rows[scheme] |= {
+            name: short(result.estimate()) for name, result in found.items()
+        }
         if "QAT" in found:
             gain = worse(found["best PTQ"], found["QAT"])
-            rows[scheme] |= {"QAT better by": short(gain), "": verdict(gain)}
+            rows[scheme] |= {
+                "QAT better by": short(gain),
+                "": verdict(gain),
+            }
     print(pd.DataFrame(rows).T.fillna("").to_string())
 
 
@@ -177,11 +216,15 @@ for name, losses in on_docstrings.items():
 # clearly worse, in pairs.
 
 # %%
-above = {name: loss_difference(losses, on_docstrings["float"])
-         for name, losses in on_docstrings.items()}  # fmt: skip
+above = {
+    name: loss_difference(losses, on_docstrings["float"])
+    for name, losses in on_docstrings.items()
+}
 order = ("W4 g32", "W3 row", "W2 g32", "W2 row")
-steps = [loss_difference(on_docstrings[b], on_docstrings[a]).low > 0
-         for a, b in pairwise(order)]  # fmt: skip
+steps = [
+    loss_difference(on_docstrings[b], on_docstrings[a]).low > 0
+    for a, b in pairwise(order)
+]
 print("8 bits within 0.05 nats:", above["W8A8 row"].high < 0.05)
 print("4 bits within 0.05 nats:", above["W4 g32"].high < 0.05)
 print("worse with each step:   ", steps == [True, True, True])
@@ -195,7 +238,9 @@ print("worse with each step:   ", steps == [True, True, True])
 
 # %%
 questions = passages.continuations()["test"]
-print(len(questions), "questions, for example:", questions[3].context, "...")
+print(
+    len(questions), "questions, for example:", questions[3].context, "..."
+)
 for choice in questions[3].choices:
     print("   ", choice)
 
@@ -220,8 +265,10 @@ print(f"{passages.LIBRARIES[example.label]}: {example.text}")
 
 
 def agrees(task, scores):
-    """Whether the baseline scores what the results file says, example by example."""
-    return [round(float(x), 4) for x in scores.total] == content["baselines"][task]["total"]
+    """Whether the baseline scores what the results file says."""
+    return [round(float(x), 4) for x in scores.total] == content[
+        "baselines"
+    ][task]["total"]
 
 
 print("TF-IDF, as in the file:", agrees("topics", tfidf()))
@@ -236,11 +283,16 @@ show("topics")
 
 # %%
 def also(task, name):
-    """Another metric of float control, best PTQ and QAT: the mean over the seeds."""
+    """Another metric, as the mean over the seeds."""
     found = {"float": {"": runs[task, "float", "float"]}}
     found |= {scheme: arms(task, scheme) for scheme in schemes_of(task)}
-    means = {scheme: {arm: np.mean([run["also"][name][0] for run in of_arm])
-                      for arm, of_arm in row.items()} for scheme, row in found.items()}  # fmt: skip
+    means = {
+        scheme: {
+            arm: np.mean([run["also"][name][0] for run in of_arm])
+            for arm, of_arm in row.items()
+        }
+        for scheme, row in found.items()
+    }
     print(pd.DataFrame(means).T.round(3).to_string(na_rep=""))
 
 
@@ -258,7 +310,10 @@ also("topics", "macro-F1")
 
 # %%
 pairs = passages.summaries()["test"]
-print(f"{sum(pair.summary is not None for pair in pairs)} summaries, {len(pairs)} bodies")
+print(
+    f"{sum(pair.summary is not None for pair in pairs)} summaries, "
+    f"{len(pairs)} bodies"
+)
 print(pairs[1].summary, "->", pairs[1].body)
 print("BM25, as in the file:", agrees("summaries", bm25()))
 
@@ -277,7 +332,9 @@ also("summaries", "MRR")
 
 # %%
 task = load_task("summaries")
-start = load_pretrained("sentence-transformers/all-MiniLM-L6-v2", head="retrieval")
+start = load_pretrained(
+    "sentence-transformers/all-MiniLM-L6-v2", head="retrieval"
+)
 measure = METRICS["recall@1"].measure
 fetched = {"float": measure(start, task).scores}
 for name, scheme in (("W8A8", W8A8), ("W2 row", QuantScheme(2, None))):
@@ -297,11 +354,19 @@ for name, scores in fetched.items():
 # same summaries, lies above zero.
 
 # %%
-lost = {name: fetched["float"].value - scores.value for name, scores in fetched.items()}
-gained = fetched["W2 row, 20 steps"].resampled() - fetched["W2 row"].resampled()
+lost = {
+    name: fetched["float"].value - scores.value
+    for name, scores in fetched.items()
+}
+gained = (
+    fetched["W2 row, 20 steps"].resampled() - fetched["W2 row"].resampled()
+)
 print("8 bits lose less than two points:     ", lost["W8A8"] < 0.02)
 print("2 bits by row lose more than ten:     ", lost["W2 row"] > 0.1)
-print("20 steps bring some of it back, paired:", np.percentile(gained, 2.5) > 0)
+print(
+    "20 steps bring some of it back, paired:",
+    np.percentile(gained, 2.5) > 0,
+)
 
 # %% [markdown]
 # ## 5 · Point: code words
@@ -312,7 +377,12 @@ print("20 steps bring some of it back, paired:", np.percentile(gained, 2.5) > 0)
 
 # %%
 passage = passages.code_words()["test"][4]
-print(" ".join(word if tag == "O" else f"[{word}]" for word, tag in zip(*passage, strict=True)))
+print(
+    " ".join(
+        word if tag == "O" else f"[{word}]"
+        for word, tag in zip(*passage, strict=True)
+    )
+)
 print(sorted(spans(passage.tags)))
 print("baseline, as in the file:", agrees("code-words", usual_tag()))
 
@@ -327,7 +397,7 @@ show("code-words")
 # The grey band is the float control, the dotted line the baseline that no rounded model should fall
 # below.
 
-# %% mystnb={"image": {"alt": "Five small plots, one for each task, from eight bits on the left to two bits by row on the right, with intervals. At eight and four bits the best post-training method and QAT stay close to the float control in all of them. At two bits by row both fall; QAT lies clearly higher for language modelling, cloze and code words, and no differently for topics and retrieval."}}
+# %% mystnb={"image": {"alt": "Five small plots, one for each task, from eight bits on the left to two bits by row on the right, with intervals. At eight and four bits the best post-training method and QAT stay close to the float control in all of them. At two bits by row both fall; QAT lies clearly higher for language modelling, cloze and code words, and no differently for topics and retrieval."}} tags=["hide-input"]
 TITLES = {
     "language-reference": ("1 · language modelling", "nats per token"),
     "cloze": ("2 · cloze", "right choices"),
@@ -341,9 +411,13 @@ def panel(task):
     lines = {"best PTQ": {}, "QAT": {}}
     for scheme in schemes_of(task):
         for name, found in arms(task, scheme).items():
-            lines[name][scheme.replace(" ", "\n")] = Results(found).estimate()
+            lines[name][scheme.replace(" ", "\n")] = Results(
+                found
+            ).estimate()
     control = Results(runs[task, "float", "float"]).estimate()
-    return Panel(*TITLES[task], control, content["baselines"][task]["value"], lines)
+    return Panel(
+        *TITLES[task], control, content["baselines"][task]["value"], lines
+    )
 
 
 panels([panel(task) for task in tasks])
@@ -359,16 +433,20 @@ def verdict_of(task, scheme):
 
 
 trained = [scheme for scheme in SCHEMES if scheme != "W8A8 row"]
-print(pd.DataFrame({s: {t: verdict_of(t, s) for t in tasks} for s in trained}).to_string())
+print(
+    pd.DataFrame(
+        {s: {t: verdict_of(t, s) for t in tasks} for s in trained}
+    ).to_string()
+)
 
 # %% [markdown]
 # Five measures, one question: how much of its lead over the baseline does a task keep? One is what the
 # float model has; below zero the simple baseline would have been the better choice.
 
 
-# %%
+# %% tags=["hide-input"]
 def lead(task, found):
-    """What is left of the float control's lead over the baseline, as a mean over the seeds."""
+    """What is left of the float control's lead, over all seeds."""
     base = content["baselines"][task]["value"]
     control = Results(runs[task, "float", "float"]).seeds.mean()
     return (Results(found).seeds.mean() - base) / (control - base)
@@ -376,9 +454,14 @@ def lead(task, found):
 
 for scheme in ("W4 g32", "W2 row"):
     found = {
-        task: {"nearest": runs[task, scheme, "nearest"]} | arms(task, scheme) for task in tasks
+        task: {"nearest": runs[task, scheme, "nearest"]}
+        | arms(task, scheme)
+        for task in tasks
     }
-    table = {task: {arm: lead(task, r) for arm, r in row.items()} for task, row in found.items()}
+    table = {
+        task: {arm: lead(task, r) for arm, r in row.items()}
+        for task, row in found.items()
+    }
     print(f"{scheme}\n{pd.DataFrame(table).T.round(2).to_string()}")
 
 # %% [markdown]

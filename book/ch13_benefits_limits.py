@@ -24,16 +24,12 @@
 #
 # *Running time: about two minutes on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import warnings
 from itertools import islice
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
 from companion import (
     W2,
     W3,
@@ -50,15 +46,29 @@ from companion import (
     recovery,
 )
 from companion.course.check import check
-from companion.course.figures import bars, curves, estimates, estimates_by_bits
+from companion.course.figures import (
+    bars,
+    curves,
+    estimates,
+    estimates_by_bits,
+)
 from companion.evaluation.estimates import paired, predict
-from companion.evaluation.language import DocumentLosses, document_losses, loss_difference
+from companion.evaluation.language import (
+    DocumentLosses,
+    document_losses,
+    loss_difference,
+)
 from companion.ptq.gptq import gptq
 from companion.training.batches import batches
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 warnings.filterwarnings("ignore")
 start = load_pretrained("docs-lm")
-task = load_task("language-reference", batch_size=4, block_size=128)  # 512 tokens in a step
+task = load_task(
+    "language-reference", batch_size=4, block_size=128
+)  # 512 tokens in a step
 
 # %% [markdown]
 # ## What few bits give
@@ -70,17 +80,24 @@ task = load_task("language-reference", batch_size=4, block_size=128)  # 512 toke
 # %%
 PRESETS = {8: W8, 4: W4, 3: W3, 2: W2}
 rounded = {
-    (bits, everywhere): convert(prepare_qat(start, scheme, "absmax", embeddings=everywhere))
+    (bits, everywhere): convert(
+        prepare_qat(start, scheme, "absmax", embeddings=everywhere)
+    )
     for bits, scheme in PRESETS.items()
     for everywhere in (False, True)
 }
-share = {key: model_bytes(model) / model_bytes(start) for key, model in rounded.items()}
+share = {
+    key: model_bytes(model) / model_bytes(start)
+    for key, model in rounded.items()
+}
 print(f"float32: {model_bytes(start) / 1e6:.1f} MB")
 for bits in PRESETS:
-    print(f"{bits} bits: {share[bits, False]:.3f} of it, "
-          f"with embeddings {share[bits, True]:.3f}")  # fmt: skip
+    print(
+        f"{bits} bits: {share[bits, False]:.3f} of it, "
+        f"with embeddings {share[bits, True]:.3f}"
+    )
 
-# %% mystnb={"image": {"alt": "Size of the file as a percentage of the float file. With the embedding in floating point, 8 bits need about one half and 2 bits still more than a third. With the embedding rounded as well the bars fall from about a quarter at 8 bits to less than a tenth at 2 bits."}}
+# %% mystnb={"image": {"alt": "Size of the file as a percentage of the float file. With the embedding in floating point, 8 bits need about one half and 2 bits still more than a third. With the embedding rounded as well the bars fall from about a quarter at 8 bits to less than a tenth at 2 bits."}} tags=["hide-input"]
 names = {False: "layers", True: "everything"}
 bars(
     {f"{bits} bits, {names[e]}": 100 * s for (bits, e), s in share.items()},
@@ -95,18 +112,25 @@ bars(
 # %%
 few = list(islice(task.test, 10))  # 80 windows
 before = document_losses(start, few)
-cost = {key: loss_difference(document_losses(model, few), before) for key, model in rounded.items()}
+cost = {
+    key: loss_difference(document_losses(model, few), before)
+    for key, model in rounded.items()
+}
 
 # %% mystnb={"image": {"alt": "Loss added by rounding, against bits, for the layers alone and for everything including the embedding. Both lines are at zero for 8 bits and close to it for 4; at 3 bits they part, and at 2 bits both are high, the one with the embedding by far."}} tags=["nbval-ignore-output"]
 estimates_by_bits(
-    {names[e]: {bits: cost[bits, e] for bits in PRESETS} for e in (False, True)},
+    {
+        names[e]: {bits: cost[bits, e] for bits in PRESETS}
+        for e in (False, True)
+    },
     ylabel="damage (nats per token)",
 )
 
 # %% tags=["nbval-ignore-output"]
 for (bits, everywhere), damage in cost.items():
     print(
-        f"{bits} bits, {names[everywhere]:10} file {share[bits, everywhere]:.3f}  damage {damage}"
+        f"{bits} bits, {names[everywhere]:10} file "
+        f"{share[bits, everywhere]:.3f}  damage {damage}"
     )
 
 # %% [markdown]
@@ -115,12 +139,18 @@ for (bits, everywhere), damage in cost.items():
 # bits against *the layers alone* at two.
 
 # %%
-print("8 bits, within 0.005 nats of float:", all(abs(cost[8, e].value) < 0.005 for e in names))
 print(
-    "4, 3, 2 bits clearly above zero:   ", all(cost[b, e].low > 0 for b in (4, 3, 2) for e in names)
+    "8 bits, within 0.005 nats of float:",
+    all(abs(cost[8, e].value) < 0.005 for e in names),
+)
+print(
+    "4, 3, 2 bits clearly above zero:   ",
+    all(cost[b, e].low > 0 for b in (4, 3, 2) for e in names),
 )
 smaller = share[4, True] < share[2, False]
-better = loss_difference(*(document_losses(rounded[k], few) for k in ((2, False), (4, True))))
+better = loss_difference(
+    *(document_losses(rounded[k], few) for k in ((2, False), (4, True)))
+)
 print("4 bits everywhere, against 2 bits in the layers:")
 print("   smaller file:", smaller, "  less damage:", better.low > 0)
 
@@ -188,9 +218,18 @@ print("QAT - PTQ:", loss_difference(trained, eight))
 # Margin: two thousandths of a nat, for the damage and for what training could change about it.
 
 # %%
-damage, change = loss_difference(eight, control_loss), loss_difference(trained, eight)
-print("damage within 0.002 nats:   ", max(abs(damage.low), abs(damage.high)) < 0.002)
-print("QAT - PTQ within 0.002 nats:", max(abs(change.low), abs(change.high)) < 0.002)
+damage, change = (
+    loss_difference(eight, control_loss),
+    loss_difference(trained, eight),
+)
+print(
+    "damage within 0.002 nats:   ",
+    max(abs(damage.low), abs(damage.high)) < 0.002,
+)
+print(
+    "QAT - PTQ within 0.002 nats:",
+    max(abs(change.low), abs(change.high)) < 0.002,
+)
 
 # %% [markdown]
 # **Verdict.** At eight bits round to nearest, and stop. A report of a large share recovered at eight
@@ -208,7 +247,14 @@ def default_recipe(steps):
     teacher = load_pretrained("docs-lm")
     fit(teacher, task.train, steps=3 * steps // 4, lr=RATE, seed=0)
     model = prepare_qat(teacher, W2, "lsq")
-    fit(model, task.train, steps=steps // 4, lr=RATE, seed=1, teacher=teacher)
+    fit(
+        model,
+        task.train,
+        steps=steps // 4,
+        lr=RATE,
+        seed=1,
+        teacher=teacher,
+    )
     return convert(model)
 
 
@@ -229,9 +275,13 @@ arms |= {
     "40 steps, default": test(default_recipe(40)),
 }
 
-# %% mystnb={"image": {"alt": "Loss above the float control of the same number of steps, with intervals, for two bits. After five steps rounding to nearest is worst, the searched range halves it, QAT lies below that, and GPTQ lowest. After forty steps QAT has come down close to GPTQ, and the default recipe lies above both."}} tags=["nbval-ignore-output"]
-above = {name: loss_difference(loss, control_loss if name.startswith("5 ") else loss_40)
-         for name, loss in arms.items()}  # fmt: skip
+# %% mystnb={"image": {"alt": "Loss above the float control of the same number of steps, with intervals, for two bits. After five steps rounding to nearest is worst, the searched range halves it, QAT lies below that, and GPTQ lowest. After forty steps QAT has come down close to GPTQ, and the default recipe lies above both."}} tags=["nbval-ignore-output", "hide-input"]
+above = {
+    name: loss_difference(
+        loss, control_loss if name.startswith("5 ") else loss_40
+    )
+    for name, loss in arms.items()
+}
 estimates(above, xlabel="loss above the float control (nats per token)")
 
 # %% [markdown]
@@ -261,7 +311,9 @@ print("40 steps, GPTQ below default:", behind.low > 0)
 too_fast = test(qat_after(40, lr=10 * RATE))
 
 # %% tags=["nbval-ignore-output"]
-print("QAT, 10 x rate, above the control:", loss_difference(too_fast, loss_40))
+print(
+    "QAT, 10 x rate, above the control:", loss_difference(too_fast, loss_40)
+)
 print("the control, rounded to nearest:  ", above["40 steps, nearest"])
 
 # %%
@@ -282,12 +334,15 @@ grids, bought = {}, {}
 for bits in (2, 3):
     for size in (None, 32, 16):
         scheme = QuantScheme(bits, size)
-        name = f"{scheme.bits_per_weight(256):.2f} = {bits} bits, {size or 'row'}"
-        grids[bits, size] = document_losses(prepare_qat(start, scheme, "mse"), few)
+        cost = scheme.bits_per_weight(256)
+        name = f"{cost:.2f} = {bits} bits, {size or 'row'}"
+        grids[bits, size] = document_losses(
+            prepare_qat(start, scheme, "mse"), few
+        )
         bought[name] = loss_difference(grids[bits, size], before)
 print(*bought, sep="\n")
 
-# %% mystnb={"image": {"alt": "Loss added by rounding for six grids in order of their bits per weight. At two bits it falls steadily from one scale per row to groups of 16. With three bits and one scale per row, hardly more bits than two bits in groups of 16, it drops to less than half."}} tags=["nbval-ignore-output"]
+# %% mystnb={"image": {"alt": "Loss added by rounding for six grids in order of their bits per weight. At two bits it falls steadily from one scale per row to groups of 16. With three bits and one scale per row, hardly more bits than two bits in groups of 16, it drops to less than half."}} tags=["nbval-ignore-output", "hide-input"]
 estimates(bought, xlabel="damage (nats per token)")
 
 # %% [markdown]
@@ -296,10 +351,21 @@ estimates(bought, xlabel="damage (nats per token)")
 # bits in groups of 16, at nearly the same size.
 
 # %%
-print("bits per weight:", *(QuantScheme(b, g).bits_per_weight(256)
-                            for b, g in ((2, None), (2, 32), (2, 16), (3, None))))  # fmt: skip
-print("W2: groups of 32 save 0.1 nats: ", loss_difference(grids[2, None], grids[2, 32]).low > 0.1)
-print("W3 per row beats W2 g16 by 0.05:", loss_difference(grids[2, 16], grids[3, None]).low > 0.05)
+print(
+    "bits per weight:",
+    *(
+        QuantScheme(b, g).bits_per_weight(256)
+        for b, g in ((2, None), (2, 32), (2, 16), (3, None))
+    ),
+)
+print(
+    "W2: groups of 32 save 0.1 nats: ",
+    loss_difference(grids[2, None], grids[2, 32]).low > 0.1,
+)
+print(
+    "W3 per row beats W2 g16 by 0.05:",
+    loss_difference(grids[2, 16], grids[3, None]).low > 0.05,
+)
 
 # %% [markdown]
 # Can training make up for a bad choice? Forty steps of QAT at two bits per row, at two bits in groups
@@ -311,8 +377,11 @@ row_trained = test(qat_after(40, by_row))
 three_rounded = test(nearest(control_40, QuantScheme(3, None), "mse"))
 
 # %% tags=["nbval-ignore-output"]
-for name, loss in (("W2 row, 40 steps", row_trained), ("W2 g32, 40 steps", arms["40 steps, QAT"]),
-                   ("W3 row, rounded ", three_rounded)):  # fmt: skip
+for name, loss in (
+    ("W2 row, 40 steps", row_trained),
+    ("W2 g32, 40 steps", arms["40 steps, QAT"]),
+    ("W3 row, rounded ", three_rounded),
+):
     print(f"{name}: {loss_difference(loss, loss_40)}")
 
 # %%
@@ -343,25 +412,44 @@ def validation(model):
 floating = load_pretrained("docs-lm")
 ours = prepare_qat(start, W2, "lsq")
 histories = {
-    name: fit(model, two, steps=20, lr=RATE, seed=0, validate=validation, validate_every=5)
+    name: fit(
+        model,
+        two,
+        steps=20,
+        lr=RATE,
+        seed=0,
+        validate=validation,
+        validate_every=5,
+    )
     for name, model in (("float", floating), ("2 bits", ours))
 }
 
-# %% mystnb={"image": {"alt": "Twenty steps on two batches at two bits: the training loss falls steeply, while the validation loss falls a little at first and then rises."}} tags=["nbval-ignore-output"]
+# %% mystnb={"image": {"alt": "Twenty steps on two batches at two bits: the training loss falls steeply, while the validation loss falls a little at first and then rises."}} tags=["nbval-ignore-output", "hide-input"]
 curves(
-    {"training": histories["2 bits"].loss,
-     "validation": dict(histories["2 bits"].validation)},
-    xlabel="step", ylabel="loss at two bits (nats per token)",
-)  # fmt: skip
+    {
+        "training": histories["2 bits"].loss,
+        "validation": dict(histories["2 bits"].validation),
+    },
+    xlabel="step",
+    ylabel="loss at two bits (nats per token)",
+)
 
 # %%
 for name, history in histories.items():
     points = dict(history.validation)
     best = min(points, key=points.get)
-    print(f"{name:6}: training loss fell by a nat: {history.loss[-1] < history.loss[0] - 1}, "
-          f"best before the last step: {best < 20}")  # fmt: skip
-calibrated = validation(convert(gptq(start, W2, two, batches=2, progress=False)))
-print("GPTQ on the same two batches beats the QAT that was kept:", calibrated < validation(ours))
+    print(
+        f"{name:6}: training loss fell by a nat: "
+        f"{history.loss[-1] < history.loss[0] - 1}, "
+        f"best before the last step: {best < 20}"
+    )
+calibrated = validation(
+    convert(gptq(start, W2, two, batches=2, progress=False))
+)
+print(
+    "GPTQ on the same two batches beats the QAT that was kept:",
+    calibrated < validation(ours),
+)
 
 # %% [markdown]
 # The text is learned by heart. The guard of `fit` works: what is kept comes from the first few
@@ -384,7 +472,9 @@ network = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 fit(network, learn, steps=300, lr=3e-3, seed=0)
 practised = prepare_qat(network, W4, "lsq")
 fit(network, learn, steps=100, lr=3e-3, seed=1)  # the control
-practice = fit(practised, learn, steps=100, lr=3e-3, seed=1)  # the same steps
+practice = fit(
+    practised, learn, steps=100, lr=3e-3, seed=1
+)  # the same steps
 
 # %% tags=["nbval-ignore-output"]
 answers = {
@@ -403,9 +493,14 @@ print("QAT - PTQ:", match.difference)
 
 # %%
 agree = np.mean(answers["PTQ"] == answers["float"])
-print("four bits rounded answer like the float model, 98 % or more:", agree > 0.98)
-print("QAT - PTQ within two points:",
-      max(abs(match.difference.low), abs(match.difference.high)) < 0.02)  # fmt: skip
+print(
+    "four bits rounded answer like the float model, 98 % or more:",
+    agree > 0.98,
+)
+print(
+    "QAT - PTQ within two points:",
+    max(abs(match.difference.low), abs(match.difference.high)) < 0.02,
+)
 
 # %% [markdown]
 # A handful of images decide which arm is ahead; another seed would choose others. **Verdict.** A tie
@@ -423,11 +518,17 @@ n = 198
 published = {"float": 0.3232, "PTQ": 0.3081, "QAT": 0.3182}
 right = {name: round(n * accuracy) for name, accuracy in published.items()}
 print("right answers:", right)
-print("they give back the table:", all(round(right[k] / n, 4) == published[k] for k in right))
+print(
+    "they give back the table:",
+    all(round(right[k] / n, 4) == published[k] for k in right),
+)
 lost, back = right["float"] - right["PTQ"], right["QAT"] - right["PTQ"]
 print(f"questions lost: {lost}, got back: {back}, share: {back / lost:.0%}")
 error = np.sqrt(published["float"] * (1 - published["float"]) / n)
-print(f"standard error of one accuracy: {100 * error:.1f} points; the damage: {100 * lost / n:.1f}")
+print(
+    f"standard error of one accuracy: {100 * error:.1f} points; the "
+    f"damage: {100 * lost / n:.1f}"
+)
 
 # %% [markdown]
 # Three questions were lost, two came back. Is that more than chance? We do not have the answers one
@@ -439,19 +540,32 @@ print(f"standard error of one accuracy: {100 * error:.1f} points; the damage: {1
 
 # %%
 def nested(correct):
-    """Errors of a model that answers just the first so many questions right."""
-    return DocumentLosses((np.arange(n) >= correct).astype(float), np.ones(n, int))
+    """Errors of a model that answers just the first k right."""
+    return DocumentLosses(
+        (np.arange(n) >= correct).astype(float), np.ones(n, int)
+    )
 
 
-print(recovery(nested(right["float"]), nested(right["PTQ"]), nested(right["QAT"])))
+print(
+    recovery(
+        nested(right["float"]), nested(right["PTQ"]), nested(right["QAT"])
+    )
+)
 
 # %% [markdown]
 # Nothing to recover: the interval of the damage touches zero. If one insists on the share
 # nonetheless, here is what other sets of 198 questions of this kind would have given.
 
 # %%
-kinds = {"right by all": 61, "broken, repaired": 2, "broken": 1, "wrong by all": n - 64}
-draws = np.random.default_rng(0).multinomial(n, np.array(list(kinds.values())) / n, size=10_000)
+kinds = {
+    "right by all": 61,
+    "broken, repaired": 2,
+    "broken": 1,
+    "wrong by all": n - 64,
+}
+draws = np.random.default_rng(0).multinomial(
+    n, np.array(list(kinds.values())) / n, size=10_000
+)
 repaired, broken = draws[:, 1], draws[:, 1] + draws[:, 2]
 some = broken > 0
 shares = repaired[some] / broken[some]
@@ -459,8 +573,11 @@ print(f"no damage at all, so no share: {np.mean(~some):.0%} of the sets")
 low, high = np.quantile(shares, (0.025, 0.975))
 print(f"the share in the others, 95 % interval: {low:.0%} to {high:.0%}")
 
-# %% mystnb={"image": {"alt": "The published share recovered, about 0.67, drawn with its resampled interval, which reaches from zero to one."}}
-estimates({"published": Estimate(back / lost, low, high, n)}, xlabel="share recovered")
+# %% mystnb={"image": {"alt": "The published share recovered, about 0.67, drawn with its resampled interval, which reaches from zero to one."}} tags=["hide-input"]
+estimates(
+    {"published": Estimate(back / lost, low, high, n)},
+    xlabel="share recovered",
+)
 
 # %% [markdown]
 # From none of it to all of it. And this was the kindest assumption. Models that differ in their
@@ -516,10 +633,19 @@ print(f"no damage to be seen: {np.mean(seen <= 0):.0%} of the sets")
 # %%
 encoder = load_pretrained("sentence-transformers/all-MiniLM-L6-v2")
 tokens = len(task.train.dataset) * 128
-parameters = {"decoder": start.num_parameters(), "encoder": encoder.num_parameters()}
+parameters = {
+    "decoder": start.num_parameters(),
+    "encoder": encoder.num_parameters(),
+}
 print(parameters, "parameters")
-print(f"{tokens:,} tokens to fine-tune on, {len(loss_40.loss)} documents to test on")
-print(f"a model of 8 billion is {8e9 / parameters['decoder']:,.0f} times the decoder")
+print(
+    f"{tokens:,} tokens to fine-tune on, {len(loss_40.loss)} documents to "
+    f"test on"
+)
+print(
+    f"a model of 8 billion is {8e9 / parameters['decoder']:,.0f} times the "
+    f"decoder"
+)
 
 # %% [markdown]
 # One decoder, one encoder, short texts in English about programming. What stands firm at any size is
@@ -576,7 +702,11 @@ def questions(damage):
 check("ch13-questions", questions)
 
 # %%
-print("for three in 198, at the kindest overlap:", questions(3 / 198), "questions")
+print(
+    "for three in 198, at the kindest overlap:",
+    questions(3 / 198),
+    "questions",
+)
 
 # %% [markdown]
 # ```{exercise} What fits into the basket
@@ -604,7 +734,14 @@ check("ch13-budget", widest)
 # %% tags=["hide-cell"]
 def widest(megabytes, parameters, group_size):
     affordable = 8e6 * megabytes / parameters  # bits per weight
-    return next((bits for bits in (8, 4, 3, 2) if bits + 16 / group_size <= affordable), 0)
+    return next(
+        (
+            bits
+            for bits in (8, 4, 3, 2)
+            if bits + 16 / group_size <= affordable
+        ),
+        0,
+    )
 
 
 check("ch13-budget", widest)

@@ -25,7 +25,7 @@
 #
 # *Running time: about a minute on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import json
 import tempfile
 import warnings
@@ -36,9 +36,6 @@ import numpy as np
 import onnx
 import pandas as pd
 import torch
-from onnx.numpy_helper import to_array
-from torch import nn
-
 from companion import (
     W3,
     W4,
@@ -62,6 +59,8 @@ from companion.formats.onnx.model import OnnxModel
 from companion.formats.onnx.parity import parity, read_integers
 from companion.numerics.activations import fake_quantize_activations
 from companion.numerics.scheme import BLOCK8
+from onnx.numpy_helper import to_array
+from torch import nn
 
 warnings.filterwarnings("ignore")
 task = load_task("language-reference", batch_size=4, block_size=128)
@@ -75,7 +74,15 @@ folder = Path(tempfile.mkdtemp())
 teacher = load_pretrained("docs-lm")
 fit(teacher, task.train, steps=45, lr=5e-4, seed=0, progress=False)
 student = prepare_qat(teacher, W4, "lsq", embeddings=True)
-fit(student, task.train, steps=15, lr=5e-4, seed=1, teacher=teacher, progress=False)
+fit(
+    student,
+    task.train,
+    steps=15,
+    lr=5e-4,
+    seed=1,
+    teacher=teacher,
+    progress=False,
+)
 model = convert(student)
 path = export_onnx(model, folder / "model.onnx")
 print(model.quantization.scheme)
@@ -100,29 +107,43 @@ print("scales:  ", tuple(scales.shape), scales.dtype)
 # %%
 unsigned = (integers.int() + 8).to(torch.uint8)  # 0 to 15
 stored = unsigned[:, 0::2] | unsigned[:, 1::2] << 4  # (rows, columns / 2)
-print("companion packs the same:", torch.equal(stored, pack_unsigned(integers, 4)))
+print(
+    "companion packs the same:",
+    torch.equal(stored, pack_unsigned(integers, 4)),
+)
 
 # %% [markdown]
 # That was by hand. Now open the file and look:
 
 # %%
 file = onnx.load(path)
-tensors = {tensor.name: to_array(tensor) for tensor in file.graph.initializer}
+tensors = {
+    tensor.name: to_array(tensor) for tensor in file.graph.initializer
+}
 in_file = tensors[f"model.{name}.blocks.integers"]  # (rows, blocks, bytes)
 print(in_file.shape, in_file.dtype)
-print("bytes in the file are these: ", np.array_equal(in_file.reshape(stored.shape), stored))
-print("scales in the file are these:",
-      np.array_equal(tensors[f"model.{name}.blocks.scales"], scales.float()))  # fmt: skip
+print(
+    "bytes in the file are these: ",
+    np.array_equal(in_file.reshape(stored.shape), stored),
+)
+print(
+    "scales in the file are these:",
+    np.array_equal(tensors[f"model.{name}.blocks.scales"], scales.float()),
+)
 
-# %% mystnb={"image": {"alt": "Five rows of boxes for eight weights. The trained weight, a decimal number; the integer, from -8 to 7; the same plus 8 as four binary digits; a byte in the file for every two of them, in hexadecimal; and the integer times the scale, close to the trained one."}} tags=["nbval-ignore-output"]
+# %% mystnb={"image": {"alt": "Five rows of boxes for eight weights. The trained weight, a decimal number; the integer, from -8 to 7; the same plus 8 as four binary digits; a byte in the file for every two of them, in hexadecimal; and the integer times the scale, close to the trained one."}} tags=["nbval-ignore-output", "hide-input"]
 served = dequantize(integers[0, :32], scales[0, :1].float())
 byte_by_byte(
     {
         "trained": [f"{w:.3f}" for w in layer.weight[0, :8].tolist()],
         "integer": [str(q) for q in integers[0, :8].tolist()],
         "plus 8": [f"{q:04b}" for q in unsigned[0, :8].tolist()],
-        "in the file": [f"0x{byte:02x}" for byte in in_file[0, 0, :4].tolist()],
-        f"times {scales[0, 0]:.3f}": [f"{w.round(decimals=3) + 0.0:.3f}" for w in served[:8]],
+        "in the file": [
+            f"0x{byte:02x}" for byte in in_file[0, 0, :4].tolist()
+        ],
+        f"times {scales[0, 0]:.3f}": [
+            f"{w.round(decimals=3) + 0.0:.3f}" for w in served[:8]
+        ],
     }
 )
 
@@ -133,9 +154,12 @@ byte_by_byte(
 # negative integer, and the product has its sign back.) That is what the layer multiplies with, there as here:
 
 # %%
-whole = dequantize(integers.unflatten(-1, (-1, 32)), scales.float()[..., None]).flatten(1)
+whole = dequantize(
+    integers.unflatten(-1, (-1, 32)), scales.float()[..., None]
+).flatten(1)
 print(
-    "served weights are the converted ones:", torch.equal(whole, model.get_submodule(name).weight)
+    "served weights are the converted ones:",
+    torch.equal(whole, model.get_submodule(name).weight),
 )
 
 # %% [markdown]
@@ -146,8 +170,14 @@ print(
 # standard, otherwise `export_onnx` would not have written it.
 
 # %%
-operators = Counter(node.op_type for node in file.graph.node if node.domain == "com.microsoft")
-versions = {entry.domain or "ONNX": entry.version for entry in file.opset_import}
+operators = Counter(
+    node.op_type
+    for node in file.graph.node
+    if node.domain == "com.microsoft"
+)
+versions = {
+    entry.domain or "ONNX": entry.version for entry in file.opset_import
+}
 print(dict(operators))
 print("opset:", versions["ONNX"], " IR:", file.ir_version)
 
@@ -157,12 +187,20 @@ print("opset:", versions["ONNX"], " IR:", file.ir_version)
 
 # %%
 vocabulary = load_pretrained("docs-lm").config.vocab_size
-print([name for name, array in tensors.items() if array.shape[:1] == (vocabulary,)])
+print(
+    [
+        name
+        for name, array in tensors.items()
+        if array.shape[:1] == (vocabulary,)
+    ]
+)
 
 # %%
 size = path.stat().st_size
 print(f"float32: {model_bytes(teacher) / 1e6:.2f} MB")
-print(f"served:  {size / 1e6:.2f} MB, {size / model_bytes(teacher):.3f} of it")
+print(
+    f"served:  {size / 1e6:.2f} MB, {size / model_bytes(teacher):.3f} of it"
+)
 print(f"packed:  {model_bytes(model) / 1e6:.2f} MB by save_quantized")
 
 # %% [markdown]
@@ -172,7 +210,8 @@ print(f"packed:  {model_bytes(model) / 1e6:.2f} MB by save_quantized")
 
 # %%
 three = export_onnx(
-    convert(prepare_qat(teacher, W3, "absmax", embeddings=True)), folder / "w3.onnx"
+    convert(prepare_qat(teacher, W3, "absmax", embeddings=True)),
+    folder / "w3.onnx",
 )
 print(f"three bits, served: {three.stat().st_size / 1e6:.2f} MB")
 
@@ -191,9 +230,15 @@ exact = parity(model, path, task)
 print(exact)
 
 # %%
-print(f"{exact.layers} matrices, integers equal: {exact.integers}, scales equal: {exact.scales}")
+print(
+    f"{exact.layers} matrices, integers equal: {exact.integers}, scales "
+    f"equal: {exact.scales}"
+)
 print("logits within 0.0001:        ", exact.logits < 1e-4)
-print("loss within 0.0001, in pairs:", max(abs(exact.difference.low), exact.difference.high) < 1e-4)
+print(
+    "loss within 0.0001, in pairs:",
+    max(abs(exact.difference.low), exact.difference.high) < 1e-4,
+)
 
 # %% [markdown]
 # ## The accuracy level
@@ -217,15 +262,34 @@ blocks = x.unflatten(-1, (-1, 32))  # (8, blocks, 32)
 s = blocks.abs().amax(-1, keepdim=True) / 127
 by_hand = (torch.round(blocks * (1 / s)) * s).flatten(-2)
 ours = fake_quantize_activations(x, BLOCK8, group_size=32)
-print("companion rounds inputs so, too: ", torch.allclose(by_hand, ours, atol=1e-6))
-
-layers = {level: OnnxModel(export_onnx(small, folder / f"one{level}.onnx", accuracy_level=level,
-                                       example=x)) for level in (0, 4)}  # fmt: skip
-weight = small[0].weight
-print("level 0 is x @ W:                ", torch.allclose(layers[0](x), x @ weight.T, atol=1e-5))
-print("level 4 is rounded x @ W:        ", torch.allclose(layers[4](x), ours @ weight.T, atol=1e-5))
 print(
-    "and the two differ:              ", not torch.allclose(layers[0](x), layers[4](x), atol=1e-3)
+    "companion rounds inputs so, too: ",
+    torch.allclose(by_hand, ours, atol=1e-6),
+)
+
+layers = {
+    level: OnnxModel(
+        export_onnx(
+            small,
+            folder / f"one{level}.onnx",
+            accuracy_level=level,
+            example=x,
+        )
+    )
+    for level in (0, 4)
+}
+weight = small[0].weight
+print(
+    "level 0 is x @ W:                ",
+    torch.allclose(layers[0](x), x @ weight.T, atol=1e-5),
+)
+print(
+    "level 4 is rounded x @ W:        ",
+    torch.allclose(layers[4](x), ours @ weight.T, atol=1e-5),
+)
+print(
+    "and the two differ:              ",
+    not torch.allclose(layers[0](x), layers[4](x), atol=1e-3),
 )
 
 # %% [markdown]
@@ -253,17 +317,32 @@ print("loss within 0.002, in pairs: ", -0.002 < d.low <= d.high < 0.002)
 # help? The same steps from the same teacher, both served at level 4, compared in pairs:
 
 # %%
-seen = prepare_qat(teacher, QuantScheme(4, activations=BLOCK8), "lsq", embeddings=True)
-fit(seen, task.train, steps=15, lr=5e-4, seed=1, teacher=teacher, progress=False)
+seen = prepare_qat(
+    teacher, QuantScheme(4, activations=BLOCK8), "lsq", embeddings=True
+)
+fit(
+    seen,
+    task.train,
+    steps=15,
+    lr=5e-4,
+    seed=1,
+    teacher=teacher,
+    progress=False,
+)
 same = OnnxModel(export_onnx(convert(seen), folder / "seen.onnx"))
-gain = loss_difference(document_losses(OnnxModel(fast), task.test),
-                       document_losses(same, task.test))  # fmt: skip
+gain = loss_difference(
+    document_losses(OnnxModel(fast), task.test),
+    document_losses(same, task.test),
+)
 
 # %% tags=["nbval-ignore-output"]
 print("loss at level 4, training without it minus training with it:", gain)
 
 # %%
-print("less than 0.005 nats, either way:", max(abs(gain.low), abs(gain.high)) < 0.005)
+print(
+    "less than 0.005 nats, either way:",
+    max(abs(gain.low), abs(gain.high)) < 0.005,
+)
 
 # %% [markdown]
 # It moved next to nothing, and there was next to nothing to win: what level 4 had cost stands above. (One
@@ -283,7 +362,10 @@ for bits in (8, 7):
     for weight in (127, -128):
         pair = 2 * (2**bits - 1) * weight
         kept = np.clip(pair, -(2**15), 2**15 - 1)
-        print(f"inputs of {bits} bits: {pair:8,}  kept: {kept:8,}  exact: {pair == kept}")
+        print(
+            f"inputs of {bits} bits: {pair:8,}  kept: {kept:8,}  exact: "
+            f"{pair == kept}"
+        )
 
 # %% [markdown]
 # So the companion keeps inputs within seven bits, from 0 to 127, and lets the weights have all eight.
@@ -293,10 +375,14 @@ for bits in (8, 7):
 
 # %%
 extreme = nn.Sequential(nn.Linear(256, 8, bias=False))
-extreme[0].weight.data = torch.tensor([1.0, -1.0] * 4)[:, None].repeat(1, 256)
+extreme[0].weight.data = torch.tensor([1.0, -1.0] * 4)[:, None].repeat(
+    1, 256
+)
 eight = convert(prepare_qat(extreme, W8A8, "absmax"))
 ones = torch.ones(2, 256)
-answer = OnnxModel(export_onnx(eight, folder / "w8a8.onnx", example=ones))(ones)
+answer = OnnxModel(export_onnx(eight, folder / "w8a8.onnx", example=ones))(
+    ones
+)
 w, w_scale = read_integers(folder / "w8a8.onnx")["0"]
 exactly = 127 * w.astype(int).sum(1) * w_scale[:, 0] / 127
 print("served exactly:", np.allclose(answer.numpy(), exactly, rtol=1e-6))
@@ -307,10 +393,16 @@ print("served exactly:", np.allclose(answer.numpy(), exactly, rtol=1e-6))
 # The same call takes encoders. MiniLM for retrieval ([](ch12)), at W8A8: text in, vector out.
 
 # %%
-encoder = load_pretrained("sentence-transformers/all-MiniLM-L6-v2", head="retrieval")
+encoder = load_pretrained(
+    "sentence-transformers/all-MiniLM-L6-v2", head="retrieval"
+)
 int8 = convert(prepare_qat(encoder, W8A8, "absmax", skip=["pooler"]))
 finder = OnnxModel(export_onnx(int8, folder / "finder.onnx"))
-texts = ["How do I sort a list?", "sorted() returns a new list.", "A lake is water among land."]
+texts = [
+    "How do I sort a list?",
+    "sorted() returns a new list.",
+    "A lake is water among land.",
+]
 tokens = load_tokenizer("sentence-transformers/all-MiniLM-L6-v2")(
     texts, padding=True, return_tensors="pt"
 )
@@ -319,8 +411,10 @@ near, far = vectors[0] @ vectors[1], vectors[0] @ vectors[2]
 print("the answer is nearer than the lake:", bool(near > far + 0.2))
 with torch.no_grad():
     reference = int8.embed(tokens.input_ids, tokens.attention_mask)
-print("vectors as PyTorch's int8 kernel computes them:",
-      bool((vectors - reference).abs().max() < 0.01))  # fmt: skip
+print(
+    "vectors as PyTorch's int8 kernel computes them:",
+    bool((vectors - reference).abs().max() < 0.01),
+)
 
 # %% [markdown]
 # ## How fast
@@ -334,21 +428,37 @@ print("vectors as PyTorch's int8 kernel computes them:",
 # python -m benchmarks.deployed_speed
 # ```
 
-# %%
-content = json.loads((Path("..") / "benchmarks" / "results" / "deployed_speed.json").read_text())
+# %% tags=["hide-input"]
+content = json.loads(
+    (
+        Path("..") / "benchmarks" / "results" / "deployed_speed.json"
+    ).read_text()
+)
 frame = pd.DataFrame(content["records"])
 frame["model"] = frame["engine"].str.cat(frame["precision"], sep=", ")
 frame["file"] = frame["bytes"] / 1e6
 first = frame["bytes"][0]
 decode = frame[frame["phase"] == "decode"].set_index("model")
-columns = {"ms": "ms", "ratio_to_torch_float32": "x torch", "ratio_to_ort_float32": "x ORT"}
+columns = {
+    "ms": "ms",
+    "ratio_to_torch_float32": "x torch",
+    "ratio_to_ort_float32": "x ORT",
+}
 print("one token, after a prompt of 64 (x: times as fast as that float32)")
-print(decode[list(columns)].rename(columns=columns).round(2).to_string(index_names=False))
+print(
+    decode[list(columns)]
+    .rename(columns=columns)
+    .round(2)
+    .to_string(index_names=False)
+)
 
-# %% mystnb={"image": {"alt": "Horizontal bars on a logarithmic axis: milliseconds for one token, for fifteen ways to serve the model, each with a mark for the time that reading the weights once would take. ONNX Runtime in float32 is close to its mark. Four and two bits at level 4 are the shortest bars, several times as long as their marks. Eight and two bits at level 0, and torchao, are longer than float32."}}
-bars_with_limits(decode["ms"].to_dict(), decode["limit_ms"].to_dict(),
-                 xlabel="time for one token (ms, logarithmic)",
-                 limit="reading the weights once")  # fmt: skip
+# %% mystnb={"image": {"alt": "Horizontal bars on a logarithmic axis: milliseconds for one token, for fifteen ways to serve the model, each with a mark for the time that reading the weights once would take. ONNX Runtime in float32 is close to its mark. Four and two bits at level 4 are the shortest bars, several times as long as their marks. Eight and two bits at level 0, and torchao, are longer than float32."}} tags=["hide-input"]
+bars_with_limits(
+    decode["ms"].to_dict(),
+    decode["limit_ms"].to_dict(),
+    xlabel="time for one token (ms, logarithmic)",
+    limit="reading the weights once",
+)
 
 # %% [markdown]
 # The marks say what memory asks for. For each token every weight is read once, which at the speed of a
@@ -371,11 +481,20 @@ bars_with_limits(decode["ms"].to_dict(), decode["limit_ms"].to_dict(),
 #
 # A prompt is another matter. Its tokens share each reading of the weights, so arithmetic is what counts.
 
-# %%
-ratios = {"x torch": "ratio_to_torch_float32", "x ORT": "ratio_to_ort_float32"}
+# %% tags=["hide-input"]
+ratios = {
+    "x torch": "ratio_to_torch_float32",
+    "x ORT": "ratio_to_ort_float32",
+}
 prefill = pd.concat(
-    {label: frame[frame["phase"] == "prefill"].pivot(index="model", columns="tokens", values=ratio)
-     for label, ratio in ratios.items()}, axis=1)  # fmt: skip
+    {
+        label: frame[frame["phase"] == "prefill"].pivot(
+            index="model", columns="tokens", values=ratio
+        )
+        for label, ratio in ratios.items()
+    },
+    axis=1,
+)
 print("prompts of 64 and 512 tokens: times as fast as that float32")
 print(prefill.loc[decode.index].round(2).to_string(index_names=False))
 
@@ -389,7 +508,12 @@ print(prefill.loc[decode.index].round(2).to_string(index_names=False))
 # On another machine the ratios are others: run the benchmark on yours. This one was:
 
 # %%
-print({name: content["provenance"]["machine"][name] for name in ("cores", "vector width")})
+print(
+    {
+        name: content["provenance"]["machine"][name]
+        for name in ("cores", "vector width")
+    }
+)
 sizes = decode[["file", "peak_mb"]].rename(
     columns={"file": "bytes, MB", "peak_mb": "peak memory, MB"}
 )
@@ -405,9 +529,12 @@ print(sizes.round(3).to_string(index_names=False))
 
 # %%
 reports = decode["parity"].dropna()
-twins = pd.DataFrame(list(reports), index=reports.index).drop(columns=["scheme", "level"])
+twins = pd.DataFrame(list(reports), index=reports.index).drop(
+    columns=["scheme", "level"]
+)
 twins["loss_difference"] = [
-    f"{v:.1e} [{low:.1e}, {high:.1e}]" for v, low, high in twins["loss_difference"]
+    f"{v:.1e} [{low:.1e}, {high:.1e}]"
+    for v, low, high in twins["loss_difference"]
 ]
 print(twins.to_string(float_format="{:.1e}".format))
 
@@ -424,7 +551,9 @@ print(twins.to_string(float_format="{:.1e}".format))
 # %% tags=["nbval-ignore-output"]
 tokenizer = load_tokenizer("docs-lm")
 talker = OnnxModel(fast)
-prompt = tokenizer("The for statement is used to", return_tensors="pt").input_ids
+prompt = tokenizer(
+    "The for statement is used to", return_tensors="pt"
+).input_ids
 told = list(talker.generate(prompt, max_new_tokens=40))
 print(tokenizer.decode(prompt[0].tolist() + told))
 
@@ -435,7 +564,9 @@ print(tokenizer.decode(prompt[0].tolist() + told))
 # %%
 calm = OnnxModel(path)
 ours = list(calm.generate(prompt, max_new_tokens=20, stop=False))
-theirs = model.generate(prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+theirs = model.generate(
+    prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False
+)
 print("the same 20 tokens:", ours == theirs[0, prompt.shape[1] :].tolist())
 
 # %% [markdown]

@@ -22,7 +22,7 @@
 #
 # *Running time: about two minutes on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import json
 import os
 import subprocess
@@ -33,7 +33,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-
 from companion import W4, load_pretrained, load_task, prepare_qat
 from companion.course.check import check
 from companion.course.figures import stacked_bars
@@ -68,8 +67,13 @@ def gradient(rows):
 
 whole, first, second = gradient(ids), gradient(ids[:1]), gradient(ids[1:])
 parts = [a / 3 + 2 * b / 3 for a, b in zip(first, second, strict=True)]
-print("gradient of the whole batch:", all(
-    torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(whole, parts, strict=True)))  # fmt: skip
+print(
+    "gradient of the whole batch:",
+    all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+        for a, b in zip(whole, parts, strict=True)
+    ),
+)
 
 # %% [markdown]
 # Nobody writes this by hand. `fit` runs on Hugging Face's Accelerate: started by `torchrun` or by
@@ -86,22 +90,37 @@ from companion import W4, fit, load_pretrained, load_task, prepare_qat
 task = load_task("language-reference", batch_size=4, block_size=64)
 qat = prepare_qat(load_pretrained("docs-lm"), W4)
 history = fit(qat, task.train, steps=8, lr=5e-4, checkpoint_dir=sys.argv[1])
-if PartialState().is_main_process:  # what stands after fit runs in every process
+# what stands after fit runs in every process
+if PartialState().is_main_process:
     print(json.dumps([PartialState().num_processes, history.loss]))
 """)
 
 
 def run(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-W", "ignore", *map(str, command)],
-                          capture_output=True, text=True, env=environment)  # fmt: skip
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 count_one, one = run(script, folder / "one")
-count_two, two = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-          script, folder / "two")  # fmt: skip
+count_two, two = run(
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    2,
+    script,
+    folder / "two",
+)
 
 # %% [markdown]
 # The second command is what `torchrun --nproc-per-node 2 train.py` does. Two processes, one curve:
@@ -111,7 +130,10 @@ print(pd.DataFrame({"one process": one, "two": two}).round(6).to_string())
 
 # %%
 print("processes:", count_one, "and", count_two)
-print("within 0.00001:", max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5)
+print(
+    "within 0.00001:",
+    max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5,
+)
 print("files of two:  ", [path.name for path in (folder / "two").iterdir()])
 
 # %% [markdown]
@@ -168,8 +190,17 @@ print("a fiftieth of the rounding, or less:", (error < 0.02).item())
 # \text{learned steps: } 4 + 8 + \max(4,\; 4 + 5) = 21 \text{ bytes.} $$
 
 # %%
-in_float, rounded = training_memory(1e9), training_memory(1e9, 1e9, method="lsq")
-print("companion:", in_float.peak / 1e9, "and", rounded.peak / 1e9, "bytes for each parameter")
+in_float, rounded = (
+    training_memory(1e9),
+    training_memory(1e9, 1e9, method="lsq"),
+)
+print(
+    "companion:",
+    in_float.peak / 1e9,
+    "and",
+    rounded.peak / 1e9,
+    "bytes for each parameter",
+)
 
 # %% [markdown]
 # **Checkpointing** {cite:p}`chen2016` (of gradients, not of runs) throws away what a block of the
@@ -192,15 +223,19 @@ import json, sys
 import peft, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from companion import W4, fit, prepare_qat
-from companion.study.recipes import lora
+from companion.qat.lora import lora
 from companion.training.memory import PeakMemory
 
 way = sys.argv[1]
-config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=12, vocab_size=1024,
-                     num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+config = LlamaConfig(
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=12,
+    vocab_size=1024, num_attention_heads=9, num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
 ids = torch.arange(16)[None]
 small = [(torch.ones(1, 1), torch.tensor([0]))]
-fit(torch.nn.Linear(1, 2), small, steps=1, progress=False)  # loads what fit needs
+# loads what fit needs
+fit(torch.nn.Linear(1, 2), small, steps=1, progress=False)
 with PeakMemory() as peak:
     model = LlamaForCausalLM(config)
     parameters = model.num_parameters()
@@ -209,7 +244,8 @@ with PeakMemory() as peak:
     if way == "checkpointed":
         model.gradient_checkpointing_enable()
     fit(model, [{"input_ids": ids, "labels": ids}], steps=2, progress=False)
-rounded = sum(m.weight.numel() for m in model.modules() if hasattr(m, "quantizer"))
+layers = [m for m in model.modules() if hasattr(m, "quantizer")]
+rounded = sum(layer.weight.numel() for layer in layers)
 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 print(json.dumps([parameters, rounded, trained, peak.bytes]))
 """)
@@ -221,17 +257,26 @@ measured = {way: run(script, way) for way in ways}
 reckoned = {}
 for way, (parameters, rounded, trained, _) in measured.items():
     reckoned[way] = training_memory(
-        parameters, rounded, method="mse" if way == "LoRA" else "lsq",
-        trained=trained if way == "LoRA" else None, segments=12 if way == "checkpointed" else 1,
-    )  # fmt: skip
-print({way: f"{memory.peak / 1e6:.0f} MB" for way, memory in reckoned.items()})
+        parameters,
+        rounded,
+        method="mse" if way == "LoRA" else "lsq",
+        trained=trained if way == "LoRA" else None,
+        segments=12 if way == "checkpointed" else 1,
+    )
+print(
+    {way: f"{memory.peak / 1e6:.0f} MB" for way, memory in reckoned.items()}
+)
 
 # %% tags=["nbval-ignore-output"]
 print({way: f"{found[-1] / 1e6:.0f} MB" for way, found in measured.items()})
 
 # %%
 for way in ways:
-    print(f"{way + ':':14}", "within 10 %:", abs(measured[way][-1] / reckoned[way].peak - 1) < 0.1)
+    print(
+        f"{way + ':':14}",
+        "within 10 %:",
+        abs(measured[way][-1] / reckoned[way].peak - 1) < 0.1,
+    )
 
 # %% [markdown]
 # What is left over is a few activations and the temporary tensors of a single layer. The line about
@@ -247,22 +292,35 @@ cases = {
     "1B, float": training_memory(1e9),
     "1B, rounded": training_memory(1e9, 1e9),
     "1B, checkpointed": training_memory(1e9, 1e9, segments=16),
-    "1B, LoRA, bf16": training_memory(1e9, 1e9, method="mse", trained=1e7, weight_bytes=2, segments=16),
+    "1B, LoRA, bf16": training_memory(
+        1e9, 1e9, method="mse", trained=1e7, weight_bytes=2, segments=16
+    ),
     "70B, float": training_memory(70e9),
     "70B, rounded": training_memory(70e9, 70e9),
     "70B, 64 GPUs": training_memory(70e9, 70e9, segments=80, processes=64),
-    "70B, LoRA, bf16": training_memory(70e9, 70e9, method="mse", trained=2e8, weight_bytes=2,
-                                       segments=80),
-}  # fmt: skip
-rows = {name: {"weights": m.weights, "moments": m.optimizer, "gradients": m.gradients,
-               "rounded, at once": m.rounding / m.segments, "peak": m.peak}
-        for name, m in cases.items()}  # fmt: skip
+    "70B, LoRA, bf16": training_memory(
+        70e9, 70e9, method="mse", trained=2e8, weight_bytes=2, segments=80
+    ),
+}
+rows = {
+    name: {
+        "weights": m.weights,
+        "moments": m.optimizer,
+        "gradients": m.gradients,
+        "rounded, at once": m.rounding / m.segments,
+        "peak": m.peak,
+    }
+    for name, m in cases.items()
+}
 print("gigabytes, on each device, without activations")
 print((pd.DataFrame(rows).T / 1e9).round(1).to_string())
 
-# %% mystnb={"image": {"alt": "Stacked bars of gigabytes for a model of a billion parameters. In float: weights 4, moments 8, gradients 4. Rounded: weights 4, moments 8, rounded copies 9. Checkpointed: nearly as in float. LoRA on a bfloat16 model: little more than its weights."}}
-small = {name: {part: amount / 1e9 for part, amount in memory.at_peak.items()}
-         for name, memory in cases.items() if name.startswith("1B")}  # fmt: skip
+# %% mystnb={"image": {"alt": "Stacked bars of gigabytes for a model of a billion parameters. In float: weights 4, moments 8, gradients 4. Rounded: weights 4, moments 8, rounded copies 9. Checkpointed: nearly as in float. LoRA on a bfloat16 model: little more than its weights."}} tags=["hide-input"]
+small = {
+    name: {part: amount / 1e9 for part, amount in memory.at_peak.items()}
+    for name, memory in cases.items()
+    if name.startswith("1B")
+}
 stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 
 # %% [markdown]
@@ -382,7 +440,9 @@ check("ch15-mean", mean_loss)
 
 # %% tags=["hide-cell"]
 def mean_loss(rows, losses):
-    return sum(n * loss for n, loss in zip(rows, losses, strict=True)) / sum(rows)
+    return sum(
+        n * loss for n, loss in zip(rows, losses, strict=True)
+    ) / sum(rows)
 
 
 check("ch15-mean", mean_loss)

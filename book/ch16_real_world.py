@@ -24,7 +24,7 @@
 #
 # *Running time: about a minute on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import copy
 import logging
 import math
@@ -35,8 +35,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
-
 from companion import (
     W2,
     W4,
@@ -54,6 +52,7 @@ from companion.course.check import check
 from companion.course.figures import bars
 from companion.course.sources import load_tokenizer
 from companion.formats.onnx.model import OnnxModel
+from torch import nn
 
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
@@ -71,18 +70,34 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 # %%
 name = os.environ.get("COMPANION_MODEL", "docs-lm")
 text = os.environ.get("COMPANION_TEXT", "language-reference")
-task = load_task(text, batch_size=4, block_size=128, tokenizer=load_tokenizer(name))
+task = load_task(
+    text, batch_size=4, block_size=128, tokenizer=load_tokenizer(name)
+)
 model = load_pretrained(name, head="lm")
-rate = 5e-4 if name == "docs-lm" else 5e-5  # larger models want smaller ones
-history = fit(model, task.train, steps=30, lr=rate, progress=False)  # first in floating point
+rate = (
+    5e-4 if name == "docs-lm" else 5e-5
+)  # larger models want smaller ones
+history = fit(
+    model, task.train, steps=30, lr=rate, progress=False
+)  # first in floating point
 
 # %% [markdown]
 # Then prepare, train, convert. Nothing in it knows how large the model is:
 
 # %%
-nearest = convert(prepare_qat(model, W2, "absmax"))  # rounded, untrained: the row to beat
+nearest = convert(
+    prepare_qat(model, W2, "absmax")
+)  # rounded, untrained: the row to beat
 qat = prepare_qat(model, W2)  # 1. on a copy, rounded as it computes
-fit(qat, task.train, steps=15, lr=rate, seed=1, teacher=model, progress=False)  # 2.
+fit(
+    qat,
+    task.train,
+    steps=15,
+    lr=rate,
+    seed=1,
+    teacher=model,
+    progress=False,
+)  # 2.
 small = convert(qat)  # 3. packed integers
 print("layers rounded:", len(small.quantization.layers))
 print(f"of float32:     {model_bytes(small) / model_bytes(model):.2f}")
@@ -94,7 +109,10 @@ for way, estimate in found.items():
     print(f"{way:8} perplexity {estimate}")
 
 # %%
-print("trained under rounding, below rounded:", found["trained"].value < found["rounded"].value)
+print(
+    "trained under rounding, below rounded:",
+    found["trained"].value < found["rounded"].value,
+)
 
 # %% [markdown]
 # (Fifteen steps at two bits, so that the page is quick. [](ch11) has the comparison with intervals and
@@ -109,17 +127,28 @@ print("trained under rounding, below rounded:", found["trained"].value < found["
 # %%
 import transformers
 
-size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512,
-        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+size = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 torch.manual_seed(0)
 families = {
     "SmolLM2 (Llama)": transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**size, tie_word_embeddings=True)),
+        transformers.LlamaConfig(**size, tie_word_embeddings=True)
+    ),
     "Qwen3": transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**size, head_dim=16, tie_word_embeddings=True)),
+        transformers.Qwen3Config(
+            **size, head_dim=16, tie_word_embeddings=True
+        )
+    ),
     "Gemma 3": transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(**size, head_dim=16, sliding_window=8)),
-}  # fmt: skip
+        transformers.Gemma3TextConfig(**size, head_dim=16, sliding_window=8)
+    ),
+}
 ids = torch.randint(10, 500, (2, 20))
 folder = Path(tempfile.mkdtemp())
 
@@ -129,7 +158,12 @@ folder = Path(tempfile.mkdtemp())
 def whole_road(family):
     with torch.enable_grad():
         prepared = prepare_qat(family, W4, embeddings=True)
-        fit(prepared, [{"input_ids": ids, "labels": ids}], steps=2, progress=False)
+        fit(
+            prepared,
+            [{"input_ids": ids, "labels": ids}],
+            steps=2,
+            progress=False,
+        )
     converted = convert(prepared.eval())
     served = OnnxModel(export_onnx(converted, folder / "model.onnx"))
     logits = converted(ids).logits
@@ -142,7 +176,11 @@ def whole_road(family):
 
 
 roads = {name: whole_road(family) for name, family in families.items()}
-print(pd.DataFrame({name: row for name, (row, _) in roads.items()}).T.to_string())
+print(
+    pd.DataFrame(
+        {name: row for name, (row, _) in roads.items()}
+    ).T.to_string()
+)
 
 # %% [markdown]
 # Equal bit for bit where that is promised, in all three. Gemma has two layers fewer. Why? A model that is
@@ -162,14 +200,32 @@ for layer, reason in roads["Gemma 3"][1].quantization.skipped.items():
 
 # %%
 cases = pd.read_json("case_studies.json")
-cases["recovered"] = (cases["ptq"] - cases["qat"]) / (cases["ptq"] - cases["float"])
+cases["recovered"] = (cases["ptq"] - cases["qat"]) / (
+    cases["ptq"] - cases["float"]
+)
 cases["recovered"] = cases["recovered"].round(3) + 0  # no -0
-columns = ["case", "metric", "float", "ptq", "spinquant", "qat", "recovered"]
+columns = [
+    "case",
+    "metric",
+    "float",
+    "ptq",
+    "spinquant",
+    "qat",
+    "recovered",
+]
 print(cases[columns].round(3).to_string(index=False, na_rep=""))
 
-# %% mystnb={"image": {"alt": "Bars of the share recovered for thirteen published results, from nothing for HellaSwag with Llama 3.2 3B, over about forty percent for Gemma 3 4B, to over one hundred percent for GSM8K with Llama 3.2 1B."}}
-bars((100 * cases.set_index(cases["case"] + ", " + cases["metric"])["recovered"]).to_dict(),
-     xlabel="share of the damage recovered (%)", form="{:.0f}")  # fmt: skip
+# %% mystnb={"image": {"alt": "Bars of the share recovered for thirteen published results, from nothing for HellaSwag with Llama 3.2 3B, over about forty percent for Gemma 3 4B, to over one hundred percent for GSM8K with Llama 3.2 1B."}} tags=["hide-input"]
+bars(
+    (
+        100
+        * cases.set_index(cases["case"] + ", " + cases["metric"])[
+            "recovered"
+        ]
+    ).to_dict(),
+    xlabel="share of the damage recovered (%)",
+    form="{:.0f}",
+)
 
 # %% [markdown]
 # From nothing to more than everything. And what it costs, and buys:
@@ -233,8 +289,12 @@ print(f"of perplexity {qwen['recovered']:.0%}, of nats {share:.0%}")
 theirs = to_torchao(small)
 ids = next(iter(task.test))["input_ids"]
 with torch.no_grad():
-    print("logits equal:", torch.equal(theirs(ids).logits, small(ids).logits))
-print(type(theirs.get_submodule(small.quantization.layers[0]).weight).__name__)
+    print(
+        "logits equal:", torch.equal(theirs(ids).logits, small(ids).logits)
+    )
+print(
+    type(theirs.get_submodule(small.quantization.layers[0]).weight).__name__
+)
 
 # %% [markdown]
 # Its home is other hardware: on a CPU these tensors were slower than float32 in [](ch14).
@@ -284,7 +344,9 @@ from torchao.quantization.qat import QATConfig
 
 net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
 x, labels = torch.randn(32, 64), torch.randint(0, 8, (32,))
-before = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+before = torch.ao.quantization.quantize_dynamic(
+    net, {nn.Linear}, dtype=torch.qint8
+)
 after = copy.deepcopy(net)
 quantize_(after, Int8DynamicActivationInt8WeightConfig())
 with torch.no_grad():
@@ -295,7 +357,9 @@ print("both within 0.03 of float:", max(errors) < 0.03)
 # Training under rounding, Linear layers. The right column, and ours beside it:
 
 # %%
-base = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+base = IntxWeightOnlyConfig(
+    weight_dtype=torch.int4, granularity=PerGroup(32)
+)
 trained = copy.deepcopy(net)
 quantize_(trained, QATConfig(base, step="prepare"))
 fit(trained, [(x, labels)], steps=5, progress=False)
@@ -306,32 +370,48 @@ print("torchao:  converted = prepared:", torch.equal(trained(x), rounded))
 ours = prepare_qat(net, W4)
 fit(ours, [(x, labels)], steps=5, progress=False)
 rounded = ours.eval()(x).detach()
-print("companion, then torchao's form:", torch.equal(to_torchao(convert(ours))(x), rounded))
+print(
+    "companion, then torchao's form:",
+    torch.equal(to_torchao(convert(ours))(x), rounded),
+)
 
 # %% [markdown]
 # And convolutions, on an exported graph. `fit` trains that, too:
 
 # %%
 from torchao.quantization.pt2e import allow_exported_model_train_eval
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import (
+    convert_pt2e,
+    prepare_qat_pt2e,
+)
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     X86InductorQuantizer,
     get_default_x86_inductor_quantization_config,
 )
 
-conv = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
-                     nn.Linear(288, 5))  # fmt: skip
+conv = nn.Sequential(
+    nn.Conv2d(1, 8, 3),
+    nn.BatchNorm2d(8),
+    nn.ReLU(),
+    nn.Flatten(),
+    nn.Linear(288, 5),
+)
 images, labels = torch.randn(16, 1, 8, 8), torch.randint(0, 5, (16,))
 config = get_default_x86_inductor_quantization_config(is_qat=True)
-graph = prepare_qat_pt2e(torch.export.export(conv, (images,)).module(),
-                         X86InductorQuantizer().set_global(config))  # fmt: skip
+graph = prepare_qat_pt2e(
+    torch.export.export(conv, (images,)).module(),
+    X86InductorQuantizer().set_global(config),
+)
 allow_exported_model_train_eval(graph)
 history = fit(graph, [(images, labels)], steps=20, lr=1e-2, progress=False)
 graph.eval()
 rounded = graph(images).detach()
 int8 = convert_pt2e(graph)
 print("it learned:             ", history.loss[-1] < 0.5 * history.loss[0])
-print("converted near prepared:", bool((int8(images) - rounded).abs().max() < 0.1))
+print(
+    "converted near prepared:",
+    bool((int8(images) - rounded).abs().max() < 0.1),
+)
 
 # %% [markdown]
 # [](torchao-mapping) translates name by name.
@@ -360,7 +440,9 @@ check("ch16-share", share_in_nats)
 
 # %% tags=["hide-cell"]
 def share_in_nats(control, ptq, qat):
-    return (math.log(ptq) - math.log(qat)) / (math.log(ptq) - math.log(control))
+    return (math.log(ptq) - math.log(qat)) / (
+        math.log(ptq) - math.log(control)
+    )
 
 
 check("ch16-share", share_in_nats)
