@@ -30,7 +30,9 @@ import torchvision
 from myst_nb import glue
 from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub, quantize_dynamic
-from torch.ao.quantization.quantization_mappings import get_default_dynamic_quant_module_mappings
+from torch.ao.quantization.quantization_mappings import (
+    get_default_dynamic_quant_module_mappings,
+)
 from torch.nn import functional as F
 
 import companion

@@ -25,7 +25,9 @@ from collections import Counter
 import torch
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
-from torch.ao.quantization.quantization_mappings import get_default_dynamic_quant_module_mappings
+from torch.ao.quantization.quantization_mappings import (
+    get_default_dynamic_quant_module_mappings,
+)
 from torchvision.models import resnet18
 
 from companion import choose_scale, dequantize, fit, model_bytes, quantize

@@ -29,7 +29,13 @@ import torch
 from torch.ao import quantization as ao
 from torch.nn import functional as F
 
-from companion import choose_scale, dequantize, fake_quantize, load_pretrained, quantize
+from companion import (
+    choose_scale,
+    dequantize,
+    fake_quantize,
+    load_pretrained,
+    quantize,
+)
 from companion.course.check import check
 from companion.course.figures import curves, histogram
 from companion.errors import SchemeError

@@ -34,7 +34,14 @@ from torch import nn
 from torch.ao import quantization as ao
 from torch.nn import functional as F
 
-from companion import QuantWrapper, accuracy, fit, load_pretrained, load_task, model_bytes
+from companion import (
+    QuantWrapper,
+    accuracy,
+    fit,
+    load_pretrained,
+    load_task,
+    model_bytes,
+)
 from companion.course.check import check
 from companion.course.figures import histogram
 from companion.errors import UnsupportedModel, WrongStage

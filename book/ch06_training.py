@@ -35,7 +35,14 @@ from myst_nb import glue
 from torch import nn
 from torch.nn import functional as F
 
-from companion import QuantWrapper, choose_scale, fake_quantize, fit, load_pretrained, load_task
+from companion import (
+    QuantWrapper,
+    choose_scale,
+    fake_quantize,
+    fit,
+    load_pretrained,
+    load_task,
+)
 from companion.classic.eager import make_qconfig
 from companion.course.check import check
 from companion.course.figures import curves, scatter, staircase

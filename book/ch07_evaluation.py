@@ -35,7 +35,14 @@ from myst_nb import glue
 from scipy import stats
 from torch import nn
 
-from companion import QuantWrapper, accuracy, fit, load_pretrained, load_task, model_bytes
+from companion import (
+    QuantWrapper,
+    accuracy,
+    fit,
+    load_pretrained,
+    load_task,
+    model_bytes,
+)
 from companion.course.check import check
 from companion.course.figures import estimates, estimates_by_bits
 from companion.evaluation.estimates import paired, predict, proportion

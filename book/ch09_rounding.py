@@ -35,6 +35,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from myst_nb import glue
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
 from companion import (
     W2,
     W4,
@@ -65,9 +69,6 @@ from companion.evaluation.language import (
 )
 from companion.numerics.activations import fake_quantize_activations
 from companion.numerics.affine import to_groups
-from myst_nb import glue
-from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 warnings.filterwarnings(
     "ignore"

@@ -36,6 +36,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from myst_nb import glue
+from torch import nn
+from torch.nn import functional as F
+
 from companion import (
     W2,
     W4,
@@ -60,9 +64,6 @@ from companion.evaluation.language import (
     document_losses,
     loss_difference,
 )
-from myst_nb import glue
-from torch import nn
-from torch.nn import functional as F
 
 warnings.filterwarnings("ignore")
 generator = torch.Generator().manual_seed(0)

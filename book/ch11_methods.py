@@ -35,6 +35,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
+
 from companion import (
     W2,
     W3,
@@ -64,7 +66,6 @@ from companion.qat.ranges import LearnedStepSize, best_ratio, make_quantizer
 from companion.study.recipes import ARMS, lora
 from companion.study.tables import tabulate
 from companion.training.losses import distillation_loss
-from torch import nn
 
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

@@ -30,6 +30,10 @@ from itertools import islice
 
 import numpy as np
 import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
 from companion import (
     W2,
     W3,
@@ -60,9 +64,6 @@ from companion.evaluation.language import (
 )
 from companion.ptq.gptq import gptq
 from companion.training.batches import batches
-from sklearn.datasets import load_digits
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 warnings.filterwarnings("ignore")
 start = load_pretrained("docs-lm")

@@ -36,6 +36,9 @@ import numpy as np
 import onnx
 import pandas as pd
 import torch
+from onnx.numpy_helper import to_array
+from torch import nn
+
 from companion import (
     W3,
     W4,
@@ -59,8 +62,6 @@ from companion.formats.onnx.model import OnnxModel
 from companion.formats.onnx.parity import parity, read_integers
 from companion.numerics.activations import fake_quantize_activations
 from companion.numerics.scheme import BLOCK8
-from onnx.numpy_helper import to_array
-from torch import nn
 
 warnings.filterwarnings("ignore")
 task = load_task("language-reference", batch_size=4, block_size=128)

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+
 from companion import W4, load_pretrained, load_task, prepare_qat
 from companion.course.check import check
 from companion.course.figures import stacked_bars

@@ -35,6 +35,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
+
 from companion import (
     W2,
     W4,
@@ -52,7 +54,6 @@ from companion.course.check import check
 from companion.course.figures import bars
 from companion.course.sources import load_tokenizer
 from companion.formats.onnx.model import OnnxModel
-from torch import nn
 
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

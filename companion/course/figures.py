@@ -329,6 +329,7 @@ def panels(plots: Sequence[Panel], *, columns: int = 2) -> Figure:
 
     Examples
     --------
+    >>> from companion import Estimate
     >>> e = Estimate(0.9, 0.8, 0.95, 100)
     >>> panels([Panel("topics", "accuracy", e, 0.5, {"QAT": {"W4": e, "W2": e}})])
     <Figure size 792x275 with 2 Axes>

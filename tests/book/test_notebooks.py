@@ -153,3 +153,22 @@ def test_pages_do_not_repeat_each_other():
         for start in range(len(words) - 14):
             run = tuple(words[start : start + 15])
             assert seen.setdefault(run, page.name) == page.name, f"{page.name}: {' '.join(run)}"
+
+
+SHOWN = 76  # columns that stand beside the table of contents
+
+
+def test_code_fits_beside_the_contents(source):
+    for cell in code_cells(load(source)):
+        wide = [line for line in cell.source.splitlines() if len(line) > SHOWN]
+        assert not wide, wide
+
+
+def test_set_up_and_figures_are_collapsed(source):
+    """What imports, and what only draws, is there for who asks; the idea stands in the open."""
+    cells = code_cells(load(source))
+    assert "hide-input" in tags(cells[0])
+    for cell in cells:
+        draws = any("image/png" in output.get("data", {}) for output in cell.outputs)
+        if draws and "print(" not in cell.source:
+            assert tags(cell) & {"hide-input", "hide-cell"}, cell.source
