@@ -234,7 +234,7 @@ def rounded(scheme, **options):
 losses = {(b, g): rounded(QuantScheme(b, g)) for b in WIDTHS for g in SIZES}
 ppl = {key: as_perplexity(value) for key, value in losses.items()}
 
-# %% mystnb={"image": {"alt": "Perplexity against the bits of a weight, one line for each group size and a flat line for the float model. At 8 and 4 bits all lines lie on the float line, at 3 bits slightly above; at 2 bits they fan out, groups of 32 lowest and one scale per row highest."}}
+# %% mystnb={"image": {"alt": "Perplexity against the bits of a weight, one line for each group size and a flat line for the float model. At 8 and 4 bits all lines lie on the float line, at 3 bits slightly above; at 2 bits they fan out, groups of 32 lowest and one scale per row highest."}} tags=["hide-input"]
 lines = {"float": dict.fromkeys(WIDTHS, float_ppl.value)}
 for size in SIZES:
     label = f"groups of {size}" if size else "one scale per row"

@@ -330,7 +330,7 @@ with torch.no_grad():
 print("by hand = companion:", torch.allclose(by_hand, ours, rtol=1e-4))
 print("PyTorch = companion:", torch.allclose(theirs, ours, rtol=1e-4))
 
-# %% mystnb={"image": {"alt": "Probability of the five likeliest next tokens at one place in a text, by the float model and by the same model rounded to two bits. The rounded model spreads its probability differently over the same candidates."}}
+# %% mystnb={"image": {"alt": "Probability of the five likeliest next tokens at one place in a text, by the float model and by the same model rounded to two bits. The rounded model spreads its probability differently over the same candidates."}} tags=["hide-input"]
 from companion.course.sources import load_tokenizer
 
 tokenizer = load_tokenizer("docs-lm")
@@ -410,7 +410,7 @@ print("converted = merged:           ", torch.equal(stored, after))
 # How far from a grid would a merged weight be, were the adapter added after the rounding? Distances
 # to the nearest grid point, in steps, for one layer:
 
-# %% mystnb={"image": {"alt": "Histogram of distances from the nearest grid point, in steps. With the adapter added after the rounding, hardly any weight sits on a grid point; distances reach far into the space between two."}} tags=["nbval-ignore-output"]
+# %% mystnb={"image": {"alt": "Histogram of distances from the nearest grid point, in steps. With the adapter added after the rounding, hardly any weight sits on a grid point; distances reach far into the space between two."}} tags=["nbval-ignore-output", "hide-input"]
 name = merged.quantization.layers[0]
 inside = merged.get_submodule(name)
 steps = inside.quantizer.scale(
@@ -575,7 +575,7 @@ print(
     error(calm) < error(loud) / 20,
 )
 
-# %% mystnb={"image": {"alt": "Largest activation of each of 64 channels, on a logarithmic axis, before and after smoothing. Before, one channel stands far above all others; after, all are alike."}}
+# %% mystnb={"image": {"alt": "Largest activation of each of 64 channels, on a logarithmic axis, before and after smoothing. Before, one channel stands far above all others; after, all are alike."}} tags=["hide-input"]
 with torch.no_grad():
     loudness = {
         name: sorted(m[0](x).abs().amax(0).tolist(), reverse=True)
@@ -763,7 +763,7 @@ verdicts("g32")
 # %%
 show("row")
 
-# %% mystnb={"image": {"alt": "Share of the damage recovered at four, three and two bits with one scale per row, for the same six methods. The default lies highest at every width, at three and two bits followed by the learned step size; at two bits GPTQ has fallen behind all that train, and the searched range is lowest throughout. At four bits the intervals are wide and overlap."}}
+# %% mystnb={"image": {"alt": "Share of the damage recovered at four, three and two bits with one scale per row, for the same six methods. The default lies highest at every width, at three and two bits followed by the learned step size; at two bits GPTQ has fallen behind all that train, and the searched range is lowest throughout. At four bits the intervals are wide and overlap."}} tags=["hide-input"]
 figure = estimates_by_bits(
     shares("row"), ylabel="share of the damage recovered"
 )

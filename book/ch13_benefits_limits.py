@@ -118,7 +118,7 @@ cost = {
     for key, model in rounded.items()
 }
 
-# %% mystnb={"image": {"alt": "Loss added by rounding, against bits, for the layers alone and for everything including the embedding. Both lines are at zero for 8 bits and close to it for 4; at 3 bits they part, and at 2 bits both are high, the one with the embedding by far."}} tags=["nbval-ignore-output"]
+# %% mystnb={"image": {"alt": "Loss added by rounding, against bits, for the layers alone and for everything including the embedding. Both lines are at zero for 8 bits and close to it for 4; at 3 bits they part, and at 2 bits both are high, the one with the embedding by far."}} tags=["nbval-ignore-output", "hide-input"]
 estimates_by_bits(
     {
         names[e]: {bits: cost[bits, e] for bits in PRESETS}
