@@ -6,6 +6,9 @@ Built in chapters 5 and 6.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,25 +78,100 @@ def _half_range(observer: type) -> type:
     return HalfRange
 
 
+_WITHOUT_KERNEL = {
+    nn.PReLU: "has a quantized kernel that scales positive inputs too (torch 2.14): use LeakyReLU",
+    nn.modules.conv._ConvTransposeNd: "cannot have scales per channel on this road: upsample and "
+    "convolve (nn.Upsample, nn.Conv2d) instead",
+}
+_PATTERNS = (  # the longest first
+    (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
+    (nn.Conv2d, nn.BatchNorm2d),
+    (nn.Conv2d, nn.ReLU),
+    (nn.Linear, nn.BatchNorm1d),
+    (nn.Linear, nn.ReLU),
+)
+
+
 def fuse(model: nn.Module, ao) -> None:
-    """Merge convolution, batch norm and ReLU, by the model\'s own `fuse_model` or in sequence."""
+    """Merge convolution, batch norm and ReLU, by the model's own `fuse_model` or in sequence.
+
+    A layer whose result someone else reads as well stays alone.
+    """
     if hasattr(model, "fuse_model"):
         model.fuse_model(is_qat=True)
         return
+    follows = _neighbours(model)
     for sequence in [m for m in model.modules() if type(m) is nn.Sequential]:
-        names = [name for name, _ in sequence.named_children()]
-        kinds = tuple(type(module) for module in sequence)
-        for start in range(len(names)):
-            for pattern in (
-                (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
-                (nn.Conv2d, nn.BatchNorm2d),
-                (nn.Conv2d, nn.ReLU),
-                (nn.Linear, nn.ReLU),
-            ):
-                end = start + len(pattern)
-                if kinds[start:end] == pattern:
-                    ao.fuse_modules_qat(sequence, names[start:end], inplace=True)
+        modules = list(sequence._modules.items())  # named_children() drops repeats
+        start = 0
+        while start < len(modules):
+            for pattern in _PATTERNS:
+                names, run = zip(*modules[start : start + len(pattern)], strict=True)
+                if tuple(map(type, run)) == pattern and follows(run):
+                    ao.fuse_modules_qat(sequence, list(names), inplace=True)
+                    start += len(pattern) - 1
                     break
+            start += 1
+    fused = [m for m in model.modules() if type(m).__module__.startswith("torch.ao.nn.")]
+    merged = {part for module in fused for part in module.children()}
+    for name, module in model.named_modules():
+        if type(module) is nn.BatchNorm1d and module not in merged:
+            raise UnsupportedModel(
+                f"layer {name!r} (BatchNorm1d) has no quantized kernel of its own: let it follow a "
+                "Linear layer in an nn.Sequential, which merges the two, or use LayerNorm"
+            )
+
+
+def own_module_for_each_place(model: nn.Module) -> None:
+    """Copy modules that stand at several places; the copies share their parameters and buffers.
+
+    Each place then has ranges of its own, and upstream, which would swap the first of them only,
+    swaps them all.
+    """
+    seen: set[nn.Module] = set()
+
+    def visit(parent: nn.Module) -> None:
+        for name, child in list(parent._modules.items()):  # named_children() drops repeats
+            if child is None:
+                continue
+            if child in seen:
+                kept = {id(tensor): tensor for tensor in (*child.parameters(), *child.buffers())}
+                parent._modules[name] = child = copy.deepcopy(child, kept)
+            seen.add(child)
+            visit(child)
+
+    visit(model)
+
+
+def _neighbours(model: nn.Module) -> Callable[[Sequence[nn.Module]], bool]:
+    """Return the question whether neighbours in a Sequential are neighbours in the computation."""
+    paths = {module: path for path, module in model.named_modules()}
+    graph = _trace(model)
+    calls: dict[object, list[fx.Node]] = {}
+    for node in graph.nodes if graph else ():
+        calls.setdefault(node.target, []).append(node)
+
+    def follows(run: Sequence[nn.Module]) -> bool:
+        for module, reader in pairwise(run):
+            here, there = calls.get(paths[module], []), calls.get(paths[reader], [])
+            if len(here) != len(there):
+                return False
+            if any({n.target for n in node.users} != {paths[reader]} for node in here):
+                return False
+        return True
+
+    return follows
+
+
+@contextmanager
+def quantized_engine(name: str) -> Iterator[None]:
+    """Let PyTorch pack and run integers with one engine; the process keeps the one it had."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def remove_stubs(model: nn.Module, ao) -> None:
@@ -121,6 +199,17 @@ def refuse_unquantizable(model: nn.Module, ao) -> None:
         raise NothingToQuantize(
             "the model has no Conv2d or Linear layer, so quantization would change nothing"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            not module.affine or not module.track_running_stats
+        ):
+            why = "needs affine=True and track_running_stats=True to become integers"
+        else:
+            why = next(
+                (why for kind, why in _WITHOUT_KERNEL.items() if isinstance(module, kind)), ""
+            )
+        if why:
+            raise UnsupportedModel(f"layer {name!r} ({type(module).__name__}) {why}")
     join = _find_plain_join(model)
     if join:
         layer, operation = join
@@ -132,19 +221,9 @@ def refuse_unquantizable(model: nn.Module, ao) -> None:
 
 
 def _find_plain_join(model: nn.Module) -> tuple[str, str] | None:
-    """Trace the model and return the first layer that adds, multiplies or joins two tensors."""
-    model = copy.deepcopy(model)
-    functional = torch.ao.nn.quantized.FloatFunctional
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, functional):
-                setattr(parent, name, _Opaque())
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(model)
-    except Exception:  # data-dependent control flow: cannot be looked through, so not refused
-        return None
-    for node in graph.nodes:
+    """Return the first layer that adds, multiplies or joins two tensors, and how."""
+    graph = _trace(model)
+    for node in graph.nodes if graph else ():
         operation = str(getattr(node.target, "__name__", node.target)).rstrip("_")
         if node.op not in ("call_function", "call_method") or operation not in _JOINS:
             continue
@@ -154,13 +233,30 @@ def _find_plain_join(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def _trace(model: nn.Module) -> fx.Graph | None:
+    """Return what the model computes as a graph; None where its control flow depends on data."""
+    model = copy.deepcopy(model)
+    functional = torch.ao.nn.quantized.FloatFunctional
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, functional):
+                setattr(parent, name, _Opaque())
+    try:
+        return _Tracer().trace(model)
+    except Exception:  # whatever a forward raises on a proxy: it cannot be looked through
+        return None
+
+
 class _Opaque(nn.Module):
     """Stands in for a FloatFunctional while tracing, so that its additions are not reported."""
 
     def forward(self, *args):
         return args[0]
 
-    add = add_relu = add_scalar = mul = mul_scalar = cat = matmul = nn.Module.__call__
+    def add(self, *args):
+        return self(*args)  # through __call__ as it is while tracing
+
+    add_relu = add_scalar = mul = mul_scalar = cat = matmul = add
 
 
 class _Tracer(fx.Tracer):

@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable
 from functools import wraps
+from itertools import islice
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from companion.classic.eager import (
     fuse,
     make_qconfig,
+    own_module_for_each_place,
+    quantized_engine,
     refuse_unquantizable,
     remove_stubs,
     snap_to_grid,
     torch_ao,
 )
-from companion.errors import UnsupportedBackend, WrongStage
+from companion.errors import EmptyLoader, UnsupportedBackend, UnsupportedModel, WrongStage
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -106,6 +109,30 @@ class QuantWrapper(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.dequant(self.model(self.quant(x)))
 
+    def __call__(self, *args, **kwargs):  # forward itself stays what torch.jit.script understands
+        if self.stage != "converted":
+            return super().__call__(*args, **kwargs)
+        with quantized_engine(self.backend):
+            try:
+                return super().__call__(*args, **kwargs)
+            except NotImplementedError as error:
+                operator = str(error).partition("'")[2].partition("'")[0]
+                raise UnsupportedModel(
+                    f"the model computes {operator or error}, which has no kernel for integers: "
+                    "replace it by a module that torch.ao.nn.quantized knows, or keep that part "
+                    "outside the wrapper"
+                ) from error
+
+    def load_state_dict(self, *args, **kwargs):
+        with quantized_engine(self.backend):  # weights are packed as they arrive
+            return super().load_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> QuantWrapper:
+        memo[id(self)] = new = type(self).__new__(type(self))
+        with quantized_engine(self.backend):  # the copy is packed anew
+            new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
+
     @_quiet
     def prepare_qat(self, weight_bits: int = 8) -> QuantWrapper:
         """Insert fake quantization: weights per channel, activations per tensor at 8 bits.
@@ -136,6 +163,7 @@ class QuantWrapper(nn.Module):
         remove_stubs(model, ao)
         self.model = model.train()
         self.train()
+        own_module_for_each_place(model)
         fuse(model, ao)
         self.qconfig = make_qconfig(weight_bits, self.backend, ao)
         ao.prepare_qat(self, inplace=True)
@@ -156,13 +184,21 @@ class QuantWrapper(nn.Module):
         -------
         QuantWrapper
             Itself, in eval mode.
+
+        Raises
+        ------
+        WrongStage, EmptyLoader
         """
         self._expect("prepared", "calibrate()", "call prepare_qat() first")
         self.eval()
         self._observe_activations(True)
-        for _, batch in zip(range(batches), loader, strict=False):
+        seen = 0
+        for batch in islice(loader, batches):
             self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            seen += 1
         self._observe_activations(False)
+        if not seen:
+            raise EmptyLoader("the loader gave no batch to calibrate on: is the data set empty?")
         return self
 
     def freeze(self) -> QuantWrapper:
@@ -228,10 +264,12 @@ class QuantWrapper(nn.Module):
             )
         for module in converted.modules():
             if hasattr(module, "weight_fake_quant"):
+                # Tied layers may have norms of their own, and so different grids.
+                module.weight = nn.Parameter(module.weight.clone())
                 snap_to_grid(module)
         converted.apply(ao.disable_observer)
-        torch.backends.quantized.engine = self.backend
-        ao.convert(converted, inplace=True)
+        with quantized_engine(self.backend):
+            ao.convert(converted, inplace=True)
         converted.stage = "converted"
         return converted
 

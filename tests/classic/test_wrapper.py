@@ -1,5 +1,6 @@
 """The classic road: what is trained is what is converted, and wrong turns are refused."""
 
+import copy
 import subprocess
 import sys
 from functools import partial
@@ -12,8 +13,18 @@ from torch import nn
 from torch.ao.quantization import FakeQuantizeBase, QuantStub, quantize_dynamic
 from torchvision.models import resnet18
 
-from companion import QuantWrapper, accuracy, fit, load_pretrained, load_task
+from companion import (
+    W8A8,
+    QuantWrapper,
+    accuracy,
+    convert,
+    fit,
+    load_pretrained,
+    load_task,
+    prepare_qat,
+)
 from companion.errors import (
+    EmptyLoader,
     NothingToQuantize,
     NothingToTrain,
     UnsupportedBackend,
@@ -227,6 +238,13 @@ def test_calibration_is_static_post_training_quantization(task):
     assert accuracy(int8, task.test).value > accuracy(net, task.test).value - 0.03
 
 
+def test_calibration_without_a_batch_is_an_error():
+    qat = QuantWrapper(small_net()).prepare_qat()
+    for loader, batches in ([], 8), ([torch.rand(1, 3, 32, 32)], 0):
+        with pytest.raises(EmptyLoader, match="no batch to calibrate on"):
+            qat.calibrate(loader, batches)
+
+
 def test_plain_residual_add_is_refused_by_name():
     with pytest.raises(UnsupportedModel, match=r"'layer1.0'.*FloatFunctional"):
         QuantWrapper(resnet18()).prepare_qat()
@@ -324,7 +342,6 @@ def test_every_supported_backend_runs(task, backend):
     fake, _ = predict(qat, task.test)
     real, _ = predict(qat.convert(), task.test)
     assert np.mean(fake == real) >= 0.97
-    torch.backends.quantized.engine = "x86"
 
 
 @pytest.mark.parametrize(
@@ -335,6 +352,184 @@ def test_products_fit_into_sixteen_bits(task, backend):
     """Kernels for AVX2 add pairs of products in 16 bits, and saturate (oneDNN's do, too)."""
     qat = QuantWrapper(small_net(), backend=backend).prepare_qat().calibrate(task.train)
     assert (qat.quant.activation_post_process.scale * 127).item() >= 1.9  # images span -1 to 1
+
+
+ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"]
+
+
+@pytest.fixture(params=ENGINES)
+def process_engine(request):
+    """The engine that the rest of the process uses, whatever the wrapper does."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = request.param
+    yield request.param
+    torch.backends.quantized.engine = before
+
+
+def test_the_engine_of_the_process_stays(process_engine, monkeypatch):
+    x = torch.rand(2, 3, 32, 32)
+    at_call, at_packing = {}, {}
+    for backend in ENGINES:
+        qat = QuantWrapper(small_net(), backend).prepare_qat().calibrate([x])
+        int8 = qat.convert()
+        int8.model[0].register_forward_hook(
+            lambda *_, b=backend: at_call.__setitem__(b, torch.backends.quantized.engine)
+        )
+        pack = nnq.Conv2d.set_weight_bias
+
+        def packing(self, weight, bias, b=backend, pack=pack):
+            at_packing[b] = torch.backends.quantized.engine
+            pack(self, weight, bias)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nnq.Conv2d, "set_weight_bias", packing)
+            copied = copy.deepcopy(int8)
+            assert at_packing.pop(backend) == backend
+        assert torch.equal(copied(x), int8(x))
+        copied.load_state_dict(int8.state_dict())
+        assert torch.equal(copied(x), int8(x))
+        assert torch.backends.quantized.engine == process_engine
+    assert at_call == {backend: backend for backend in ENGINES}
+
+
+def test_the_engine_of_the_process_stays_after_a_failure(process_engine):
+    x = torch.rand(2, 3, 32, 32)
+    int8 = QuantWrapper(small_net()).prepare_qat().calibrate([x]).convert()
+    with pytest.raises(RuntimeError):
+        int8(x[:, :1])
+    with pytest.raises(KeyError):
+        int8.load_state_dict({})
+    assert torch.backends.quantized.engine == process_engine
+
+
+def test_dynamic_int8_leaves_the_engine_too(process_engine):
+    x = torch.rand(3, 16)
+    qat = prepare_qat(nn.Sequential(nn.Linear(16, 4)), W8A8)
+    int8 = convert(qat)
+    y = int8(x)
+    assert torch.allclose(y, qat.eval()(x), atol=1e-5)  # float32 sums of 16 products in two orders
+    assert torch.equal(copy.deepcopy(int8)(x), y)
+    assert torch.backends.quantized.engine == process_engine
+
+
+def test_a_converted_wrapper_can_be_scripted():
+    x = torch.rand(2, 3, 32, 32)
+    int8 = QuantWrapper(small_net()).prepare_qat().calibrate([x]).convert()
+    with pytest.warns(FutureWarning, match="torch.jit.script"):
+        script = torch.jit.script(int8)
+    assert torch.equal(script(x), int8(x))
+
+
+def repeated(*names: str) -> nn.Module:
+    """A net of the named layers; the same name is the same module."""
+    kinds = {
+        "conv": lambda: nn.Conv2d(3, 3, 1), "bn": lambda: nn.BatchNorm2d(3), "relu": nn.ReLU,
+        "relu6": nn.ReLU6, "id": nn.Identity, "drop": nn.Dropout,
+        "block": lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()),
+    }  # fmt: skip
+    torch.manual_seed(1)
+    made: dict[str, nn.Module] = {}
+    for name in names:
+        made.setdefault(name, kinds[name.rstrip("12")]())
+    net = nn.Sequential(*(made[name] for name in names))
+    for parameter in net.parameters():
+        parameter.data += 0.2  # so that no ReLU is dead
+    return net
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return nn.functional.relu(self.bn(self.conv(x)))
+
+
+class Peeks(nn.Module):
+    """Reads what a convolution gives before its ReLU: merging the two would change it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+        self.join = nnq.FloatFunctional()
+
+    def forward(self, x):
+        before = self.layers[0](x)
+        return self.join.add(self.layers[2](self.layers[1](before)), before)
+
+
+SHARING = {
+    "shared relu": repeated("conv1", "relu", "conv2", "relu"),
+    "shared relu after norms": repeated("conv1", "bn1", "relu", "conv2", "bn2", "relu"),
+    "shared relu and dropout": repeated("conv1", "relu", "drop", "conv2", "relu", "drop"),
+    "shared relu6": repeated("conv1", "relu6", "conv2", "relu6"),
+    "shared convolution": repeated("conv", "relu1", "conv", "relu2"),
+    "shared convolution, norms of their own": repeated("conv", "bn1", "conv", "bn2"),
+    "shared norm": repeated("conv1", "bn", "conv2", "bn"),
+    "shared block": repeated("block", "block", "conv"),
+    "identity for relu": repeated("conv1", "bn1", "id", "conv2"),
+    "identity between": repeated("conv1", "id", "bn1", "relu"),
+    "functional relu": Functional(),
+    "result read twice": Peeks(),
+}
+
+
+@pytest.mark.parametrize("net", SHARING.values(), ids=SHARING)
+def test_shared_modules_and_joined_results_keep_their_meaning(net):
+    x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    net.train()
+    for _ in range(20):
+        net(x)
+    net.eval()
+    qat = QuantWrapper(net).prepare_qat().calibrate([x])
+    assert (qat(x) - net(x)).abs().max() < 0.05 * net(x).abs().max()  # a few steps of 1/127
+    int8 = qat.convert()
+    assert not [m for m in int8.modules() if type(m) in (nn.Conv2d, nn.BatchNorm2d)]
+    # ReLU6 has an output range of its own only after conversion: one step of it.
+    assert (int8(x) - qat(x)).abs().max() < 0.02 * net(x).abs().max()
+
+
+def test_tied_layers_train_as_one_and_their_ranges_apart():
+    qat = QuantWrapper(SHARING["shared convolution"]).prepare_qat()
+    assert qat.model[0].weight is qat.model[2].weight
+    qat(torch.rand(2, 3, 8, 8)).sum().backward()
+    scales = [qat.model[i].activation_post_process.scale for i in (0, 2)]
+    assert not torch.equal(*scales)
+
+
+def test_norm_after_linear_is_merged():
+    net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU()).eval()
+    x = torch.rand(4, 8)
+    qat = QuantWrapper(net).prepare_qat().calibrate([x])
+    assert torch.allclose(qat.convert()(x), qat(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.PReLU(), "LeakyReLU"),
+        (nn.ConvTranspose2d(3, 3, 2), "upsample"),
+        (nn.BatchNorm2d(3, affine=False), "affine=True"),
+        (nn.BatchNorm2d(3, track_running_stats=False), "track_running_stats=True"),
+        (nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(3)), "follow a Linear"),
+    ],
+)
+def test_layers_without_a_kernel_are_refused_by_name(layer, why):
+    with pytest.raises(UnsupportedModel, match=rf"layer '1(\.1)?'.*{why}"):
+        QuantWrapper(nn.Sequential(nn.Conv2d(3, 3, 1), layer)).prepare_qat()
+
+
+def test_operators_without_a_kernel_are_named_when_they_run():
+    class Exponential(nn.Module):
+        def forward(self, x):
+            return torch.exp(x)
+
+    x = torch.rand(1, 3, 4, 4)
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), Exponential())
+    int8 = QuantWrapper(net).prepare_qat().calibrate([x]).convert()
+    with pytest.raises(UnsupportedModel, match=r"aten::exp.*no kernel"):
+        int8(x)
 
 
 def test_resume_of_a_prepared_model_is_bit_identical(task, tmp_path):
