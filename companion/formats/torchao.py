@@ -62,8 +62,9 @@ def to_torchao(model: nn.Module) -> nn.Module:
         new[layer] = _empty(layer)
         new[layer].weight = shared[key]
     model = replace_modules(model, new)
-    if hasattr(model, "quantization"):
-        del model.quantization
+    model.__dict__.pop("quantization", None)
+    for module in model.modules():
+        module.__dict__.pop("save_pretrained", None)  # which refused to write packed integers
     return model.eval()
 
 

@@ -38,18 +38,42 @@ def fake_quantize_activations(
     >>> fake_quantize_activations(x, Activations(bits=2))
     tensor([[-1.,  0.,  2.]])
     """
-    qmin, qmax = form.integers
+    if not x.numel():
+        return x
     values = x.reshape(1, -1) if form.granularity == "tensor" else x
     if form.granularity == "block" and group_size:
         values = values.unflatten(-1, (-1, group_size))
     floats = values.detach().float()
     low, high = floats.amin(-1, keepdim=True), floats.amax(-1, keepdim=True)
+    scale, zero_point = activation_grid(low, high, form)
+    return fake_quantize_between(values, scale, zero_point, *form.integers).view_as(x)
+
+
+def activation_grid(low: Tensor, high: Tensor, form: Activations) -> tuple[Tensor, Tensor | int]:
+    """Span the grid of activations over the range they have.
+
+    Parameters
+    ----------
+    low, high : Tensor, float32
+        Smallest and largest of the values that share a scale.
+    form : Activations
+
+    Returns
+    -------
+    scale : Tensor
+        Distance between neighbouring grid points; NaN or infinite where the range is.
+    zero_point : Tensor or int
+        The integer that stands for 0.0, as a float.
+
+    Examples
+    --------
+    >>> activation_grid(torch.tensor(-1.0), torch.tensor(2.0), Activations(2))
+    (tensor(1.), tensor(-1.))
+    """
+    qmin, qmax = form.integers
     if form.symmetric:
         largest = torch.maximum(high, -low)
-        scale = (largest / ((qmax - qmin) / 2)).clamp_(min=_SMALLEST_SCALE)
-        zero_point: Tensor | int = 0
-    else:
-        low, high = low.clamp_(max=0), high.clamp_(min=0)  # zero is always a grid point
-        scale = ((high - low) / (qmax - qmin)).clamp_(min=_SMALLEST_SCALE)
-        zero_point = (qmin - (low / scale).round_()).clamp_(qmin, qmax)
-    return fake_quantize_between(values, scale, zero_point, qmin, qmax).view_as(x)
+        return (largest / ((qmax - qmin) / 2)).clamp_(min=_SMALLEST_SCALE), 0
+    low, high = low.clamp(max=0), high.clamp(min=0)  # zero is always a grid point
+    scale = ((high - low) / (qmax - qmin)).clamp_(min=_SMALLEST_SCALE)
+    return scale, (qmin - (low / scale).round_()).clamp_(qmin, qmax)

@@ -1,7 +1,8 @@
 """The affine grid by formula: choose a scale, round to integers, come back, learn through it.
 
 Every function treats the **last dimension as one group**: ``x`` has shape ``(..., n)``, its
-scale ``(..., 1)``. Per-tensor, per-channel, per-group: three views (`to_groups`). built in chapters 4, 6 and 9.
+scale ``(..., 1)``. Per-tensor, per-channel, per-group: three views (`to_groups`).
+Built in chapters 4, 6 and 9.
 
 References
 ----------
@@ -166,7 +167,10 @@ def dequantize(
     >>> dequantize(torch.tensor([0, 0, 1], dtype=torch.int8), torch.tensor([2.0]))
     tensor([0., 0., 2.])
     """
-    return ((q.float() - zero_point) * scale.float()).to(dtype)
+    values = q.float()
+    if not isinstance(zero_point, int) or zero_point:
+        values = values - zero_point
+    return (values * scale.float()).to(dtype)
 
 
 def fake_quantize(

@@ -1,9 +1,11 @@
-"""Integers without gaps: 4 bits two to a byte, 3 bits eight in three bytes.
+"""Integers without gaps, and floats in as few bytes as hold them.
 
 Built in chapter 9.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +43,17 @@ def pack(q: Tensor, bits: int) -> Tensor:
     qmin, qmax = integer_range(bits)
     if q.numel() and not qmin <= q.min() <= q.max() <= qmax:
         raise SchemeError(f"an integer lies outside {qmin} to {qmax} and does not fit {bits} bits")
-    q = nn.functional.pad(q, (0, -q.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    patterns = q.to(torch.int64) & (2**bits - 1)
-    eight = (patterns << (bits * torch.arange(8, device=q.device))).sum(-1, keepdim=True)
-    return ((eight >> (8 * torch.arange(bits, device=q.device))) & 255).to(torch.uint8).flatten(-2)
+    count, width = _cell(bits)
+    q = nn.functional.pad(q.to(torch.int8), (0, -q.shape[-1] % 8))
+    cells = q.view(torch.uint8).unflatten(-1, (-1, count))
+    packed = torch.zeros(*cells.shape[:-1], width, dtype=torch.uint8, device=q.device)
+    for i in range(count):
+        byte, shift = divmod(i * bits, 8)
+        pattern = cells[..., i] & (2**bits - 1)
+        packed[..., byte] |= pattern << shift
+        if shift + bits > 8:  # the rest goes into the lowest bits of the next byte
+            packed[..., byte + 1] |= pattern >> (8 - shift)
+    return packed.flatten(-2)
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
@@ -61,14 +70,64 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     -------
     Tensor, shape (..., n), int8
 
+    Raises
+    ------
+    SchemeError
+        If `n` integers do not take that many bytes.
+
     Examples
     --------
     >>> q = torch.tensor([[-4, 3, 0, 1, -1]], dtype=torch.int8)
     >>> torch.equal(unpack(pack(q, bits=3), bits=3, n=5), q)
     True
     """
-    octets = packed.unflatten(-1, (-1, bits)).to(torch.int64)
-    eight = (octets << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
-    patterns = (eight >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
+    if packed.shape[-1] != -(-n // 8) * bits:
+        raise SchemeError(
+            f"{n} integers of {bits} bits are packed in {-(-n // 8) * bits} bytes, not in "
+            f"{packed.shape[-1]}"
+        )
+    count, width = _cell(bits)
+    octets = packed.unflatten(-1, (-1, width))
+    cells = torch.empty(*octets.shape[:-1], count, dtype=torch.uint8, device=packed.device)
+    for i in range(count):
+        byte, shift = divmod(i * bits, 8)
+        cells[..., i] = octets[..., byte] >> shift
+        if shift + bits > 8:
+            cells[..., i] |= octets[..., byte + 1] << (8 - shift)
     sign = 2 ** (bits - 1)
-    return ((patterns ^ sign) - sign).to(torch.int8).flatten(-2)[..., :n]
+    integers = cells.bitwise_and_(2**bits - 1).view(torch.int8).bitwise_xor_(sign).sub_(sign)
+    return integers.flatten(-2)[..., :n]
+
+
+def narrowest(x: Tensor) -> Tensor:
+    """Return a large float32 tensor in 16 bits where these hold all its values, else itself.
+
+    Parameters
+    ----------
+    x : Tensor
+
+    Returns
+    -------
+    Tensor, shape of `x`, bfloat16, float16 or the type of `x`
+
+    Examples
+    --------
+    >>> x = torch.randn(64, 64)
+    >>> narrowest(x).dtype, narrowest(x.bfloat16().float()).dtype
+    (torch.float32, torch.bfloat16)
+    """
+    if x.dtype == torch.float32 and x.numel() >= _LARGE:
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = x.to(dtype)
+            if torch.equal(narrow.float(), x):
+                return narrow
+    return x
+
+
+_LARGE = 4096  # values; of norms and biases there is little to save
+
+
+def _cell(bits: int) -> tuple[int, int]:
+    """Return how many integers fill how many whole bytes: 2 in 1 at four bits, 8 in 3 at three."""
+    count = 8 // math.gcd(8, bits)
+    return count, count * bits // 8

@@ -6,8 +6,8 @@ Built in chapter 4.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -129,6 +129,42 @@ class QuantScheme:
         """Storage per weight, its share of the scale included, in bits."""
         size = in_features if self.group_size is None else self.group_size
         return self.weight_bits + 8 * self.scale_dtype.itemsize / size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the scheme in values that JSON keeps, so that `from_dict` brings it back.
+
+        Examples
+        --------
+        >>> QuantScheme(4, 32).to_dict()
+        {'weight_bits': 4, 'group_size': 32, 'scale_dtype': 'float16', 'activations': None}
+        """
+        saved = asdict(self) | {"scale_dtype": str(self.scale_dtype).removeprefix("torch.")}
+        if self.activations is not None and self.activations.range is not None:
+            saved["activations"]["range"] = list(self.activations.range)
+        return saved
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> QuantScheme:
+        """Build the scheme that `to_dict` described.
+
+        Raises
+        ------
+        SchemeError
+            If `saved` describes none.
+
+        Examples
+        --------
+        >>> QuantScheme.from_dict(W8A8.to_dict()) == W8A8
+        True
+        """
+        try:
+            form = saved["activations"]
+            if form is not None:
+                form = Activations(**{**form, "range": form["range"] and tuple(form["range"])})
+            scale_dtype = getattr(torch, saved["scale_dtype"])
+            return cls(**{**saved, "scale_dtype": scale_dtype, "activations": form})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SchemeError(f"{saved!r} describes no scheme ({error})") from None
 
 
 def integer_range(bits: int, signed: bool = True) -> tuple[int, int]:

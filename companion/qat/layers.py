@@ -6,12 +6,15 @@ its hooks; conversion replaces it by a module of packed integers. Built in chapt
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from companion.numerics.activations import fake_quantize_activations
-from companion.numerics.affine import dequantize
+from companion.errors import WrongStage
+from companion.numerics.activations import activation_grid, fake_quantize_activations
 from companion.numerics.packing import pack, unpack
 from companion.numerics.scheme import QuantScheme
 from companion.qat.ranges import Absmax
@@ -97,10 +100,9 @@ class Packed(nn.Module):
 
     def values(self, integers: Tensor, scale: Tensor) -> Tensor:
         """Unpack and dequantize rows."""
-        groups = unpack(integers, self.scheme.weight_bits, self.columns).unflatten(
-            -1, (scale.shape[-1], -1)
-        )
-        return dequantize(groups, scale[..., None], dtype=self.dtype).flatten(-2)
+        groups = unpack(integers, self.scheme.weight_bits, self.columns).float()
+        groups = groups.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None].float())
+        return groups.to(self.dtype).flatten(-2)
 
     @property
     def weight(self) -> Tensor:
@@ -151,20 +153,41 @@ class QuantizedLinear(Packed):
 class DynamicInt8Linear(QuantizedLinear):
     """W8A8 on the int8 kernel that x86 builds of PyTorch bring (fbgemm), several times faster.
 
-    Where that kernel is missing, the layer computes what training simulated.
+    The range of the inputs is taken here and not by the kernel, which widens every range below
+    .008: so quiet inputs, too, are rounded as they were in training. Where the kernel is missing
+    or cannot go (another device, gradients, `torch.compile`, inputs that are not finite), the
+    layer computes what training simulated.
     """
 
     _kernel = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+        if not x.numel() or not self._kernel_serves(x):
             return super().forward(x)
+        rows = x.detach().reshape(-1, self.columns).float()
+        low, high = torch.aminmax(rows)
+        scale, zero_point = activation_grid(low, high, self.scheme.activations)
+        if not scale.isfinite():
+            return super().forward(x)
+        _, qmax = self.scheme.activations.integers
+        if (high * (1 / scale)).round() + zero_point > qmax:  # by a rounded zero point, on a tie
+            rows = rows.clamp(max=(qmax - zero_point) * scale)
         if self._kernel is None:
             self._kernel = self._prepack()
-        result = torch.ops.quantized.linear_dynamic(x.float(), self._kernel, reduce_range=True)
-        return result.to(x.dtype)
+        result = self._kernel(rows, scale.item(), int(zero_point))
+        return result.view(*x.shape[:-1], self.rows).to(x.dtype)
 
-    def _prepack(self) -> torch.ScriptObject:
+    def _kernel_serves(self, x: Tensor) -> bool:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return (
+            x.device.type == "cpu"
+            and not traced
+            and not (trained and torch.is_grad_enabled())
+            and "fbgemm" in torch.backends.quantized.supported_engines
+        )
+
+    def _prepack(self) -> Callable[[Tensor, float, int], Tensor]:
         scale = self.scale[:, 0].double()
         weight = torch._make_per_channel_quantized_tensor(
             self.integers.view(torch.int8)[:, : self.columns],
@@ -172,14 +195,16 @@ class DynamicInt8Linear(QuantizedLinear):
             torch.zeros_like(scale).long(),
             0,
         )
+        bias = None if self.bias is None else self.bias.float()
         engine = torch.backends.quantized.engine
         try:
             torch.backends.quantized.engine = "fbgemm"
-            return torch.ops.quantized.linear_prepack(
-                weight, None if self.bias is None else self.bias.float()
-            )
+            packed = torch.ops.quantized.linear_prepack(weight, bias)
         finally:
             torch.backends.quantized.engine = engine
+        # torch.export looks for such an object among a module's attributes, and cannot carry it
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return partial(multiply, W_prepack=packed)
 
     def _apply(self, fn, recurse=True):
         self._kernel = None
@@ -198,3 +223,25 @@ class QuantizedEmbedding(Packed):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.values(F.embedding(ids, self.integers), F.embedding(ids, self.scale))
+
+
+def refuse_save_pretrained(model: nn.Module) -> None:
+    """Make `save_pretrained`, and so every checkpoint of HF's Trainer, say how to save instead.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Converted. What it holds of transformers would write a file that opens with random weights.
+    """
+    for module in model.modules():
+        if hasattr(module, "save_pretrained") and any(
+            isinstance(m, Packed) for m in module.modules()
+        ):
+            module.save_pretrained = _save_pretrained
+
+
+def _save_pretrained(*args, **kwargs) -> None:
+    raise WrongStage(
+        "save_pretrained() cannot write the packed integers of a converted model: call "
+        "companion.save_quantized(model, folder), and load_quantized(folder) to read it"
+    )

@@ -26,6 +26,7 @@ from companion.qat.layers import (
     Packed,
     QuantizedEmbedding,
     QuantizedLinear,
+    refuse_save_pretrained,
 )
 from companion.qat.ranges import Absmax, make_quantizer
 from companion.qat.selection import (
@@ -126,9 +127,13 @@ def prepare_qat(
     for name in chosen:
         module = prepared.get_submodule(name)
         module.__class__ = _FAKE[kind_of(module)]
-        if module.weight not in quantizers:  # tied layers share their range too
+        if module.weight in quantizers:
+            # Tied layers share their range too. It is registered once, so that no file has to
+            # hold it under two names, which safetensors refuses.
+            module.__dict__["quantizer"] = quantizers[module.weight]
+        else:
             quantizers[module.weight] = make_quantizer(scheme, method, module.matrix)
-        module.quantizer = quantizers[module.weight]
+            module.quantizer = quantizers[module.weight]
         _check_finite(name, module)
         record.layers.append(name)
     prepared.quantization = record
@@ -189,6 +194,7 @@ def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
         packed.integers, packed.scale = tied.integers, tied.scale
     converted = replace_modules(converted, new)
     converted.quantization = record
+    refuse_save_pretrained(converted)
     return converted.eval().requires_grad_(False)
 
 

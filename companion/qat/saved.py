@@ -1,4 +1,4 @@
-"""`save_quantized` and `load_quantized`: one safetensors file and a config.json, hash-checked.
+"""`save_quantized` and `load_quantized`: a safetensors file and its settings, hash-checked.
 
 Built in chapter 10.
 """
@@ -8,34 +8,47 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import asdict
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from companion.errors import DamagedFile, UnsupportedModel, WrongStage, extra
 from companion.files import sha256, write_atomically
-from companion.numerics.scheme import Activations, QuantScheme
-from companion.qat.layers import Packed
+from companion.numerics.packing import narrowest
+from companion.numerics.scheme import QuantScheme
+from companion.qat.layers import Packed, refuse_save_pretrained
 from companion.qat.prepare import empty_packed, replace_modules
 from companion.qat.selection import Quantization
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+GENERATION = "generation_config.json"
 KEY = "companion"  # what this package adds to config.json stands under it
-FORMAT = 1
+FORMAT, NARROWED = 1, 2  # two: some float tensors are stored in a narrower type than they have
+REFUSED = {"library": "companion", "open_with": "companion.load_quantized"}
+"""What transformers finds as quantization_config. A method that it does not know only makes it warn
+and draw the missing weights at random; an entry without any method makes it stop."""
 
 
 def save_quantized(model: nn.Module, folder: str | Path) -> Path:
-    """Write a converted model: packed integers, scales, what stayed float, and its config.
+    """Write a converted model: packed integers, scales, what stayed float, and its settings.
+
+    Nothing is rounded: a large float32 tensor is stored in 16 bits where these hold all its
+    values, such as an embedding of a bfloat16 checkpoint that was not trained.
 
     Parameters
     ----------
     model : nn.Module
         From `convert`.
     folder : path
-        Receives ``model.safetensors`` and ``config.json``; made if needed.
+        Receives ``model.safetensors``, ``config.json`` and, where the model has settings for
+        generating, ``generation_config.json``; made if needed.
 
     Returns
     -------
@@ -64,12 +77,17 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     folder = Path(folder)
     state = model.state_dict()
     tensors, aliases = _distinct(state)
+    parameters = dict(model.named_parameters())
+    computes = {name: tensor.dtype for name, tensor in tensors.items()}
+    tensors |= {name: narrowest(tensors[name]) for name in tensors if name in parameters}
+    narrowed = {n: _name(computes[n]) for n, t in tensors.items() if t.dtype != computes[n]}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(folder / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
     config = model.config.to_dict() if hasattr(model, "config") else {}
     description = {
-        "format": FORMAT,
+        "format": NARROWED if narrowed else FORMAT,
         "class": type(model).__name__,
-        "scheme": _scheme_to_json(record.scheme),
+        "scheme": record.scheme.to_dict(),
         "method": record.method,
         "layers": record.layers,
         "skipped": record.skipped,
@@ -80,6 +98,13 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         "sha256": sha256(folder / WEIGHTS),
     }
+    if narrowed:
+        description["narrowed"] = narrowed
+    if getattr(model, "generation_config", None) is not None:
+        settings = model.generation_config.to_json_string()
+        write_atomically(folder / GENERATION, lambda p: p.write_text(settings))
+        description["generation_sha256"] = sha256(folder / GENERATION)
+    config["quantization_config"] = REFUSED
     config = json.loads(json.dumps({**config, KEY: description}, default=str))
     config[KEY]["config_sha256"] = _hash(config)
     text = json.dumps(config, indent=1)
@@ -119,12 +144,14 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
     """
     folder = Path(folder)
     config, description = _read_config(folder)
-    scheme = _scheme_from_json(description["scheme"])
+    scheme = QuantScheme.from_dict(description["scheme"])
     try:
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:
         raise DamagedFile(f"{folder / WEIGHTS} cannot be read ({error}): copy it again") from None
-    model = _rebuild(config, description) if model is None else copy.deepcopy(model)
+    for name, dtype in description.get("narrowed", {}).items():
+        tensors[name] = tensors[name].to(getattr(torch, dtype))
+    model = _rebuild(config, description) if model is None else _without_weights(model)
     try:
         new = {}
         for name in description["layers"]:
@@ -137,15 +164,54 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
         for name, dtype in description["buffers"].items():
             owner, _, key = name.rpartition(".")
             module = model.get_submodule(owner)
-            setattr(module, key, getattr(module, key).to(getattr(torch, dtype)))
-    except (AttributeError, RuntimeError, ValueError) as error:
+            setattr(module, key, getattr(module, key).to("cpu", getattr(torch, dtype)))
+        left = [n for n, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
+        if left:
+            raise ValueError(f"{left[0]} is not in the file")
+    except (AttributeError, RuntimeError, ValueError, NotImplementedError) as error:
         raise UnsupportedModel(
             f"the model given does not fit the file, which holds a {description['class']}: {error}"
         ) from None
+    if "generation_sha256" in description:
+        with extra("language"):
+            from transformers import GenerationConfig
+
+        settings = json.loads((folder / GENERATION).read_text())
+        model.generation_config = GenerationConfig.from_dict(settings)
     model.quantization = Quantization(
         scheme, description["method"], description["layers"], description["skipped"]
     )
+    refuse_save_pretrained(model)
     return model.eval().requires_grad_(False)
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """Copy a model but for its parameters, which are going to be replaced."""
+    return copy.deepcopy(model, {id(p): _shape_only(p) for p in model.parameters()})
+
+
+def _shape_only(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+
+
+@contextmanager
+def _no_weights() -> Iterator[None]:
+    """Let modules that are made here (in this thread) have parameters without memory.
+
+    Their buffers are computed as ever: those that no file holds, such as the frequencies of
+    rotary positions, come from the model's own code.
+    """
+    here = threading.get_ident()
+
+    def shape_only(module: nn.Module, name: str, parameter: nn.Parameter | None):
+        made_here = parameter is not None and threading.get_ident() == here
+        return _shape_only(parameter) if made_here else parameter
+
+    hook = register_module_parameter_registration_hook(shape_only)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -158,7 +224,7 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
             aliases[name] = first[place]
         else:
             first[place] = name
-            tensors[name] = tensor.detach().cpu().contiguous()
+            tensors[name] = tensor.detach()
     return tensors, aliases
 
 
@@ -180,14 +246,26 @@ def _read_config(folder: Path) -> tuple[dict, dict]:
         ) from None
     if not (folder / WEIGHTS).exists():
         raise DamagedFile(f"{folder / WEIGHTS} is missing: copy the whole folder")
-    if stored != _hash(config) or description["sha256"] != sha256(folder / WEIGHTS):
+    generation = description.get("generation_sha256")
+    if generation and not (folder / GENERATION).exists():
+        raise DamagedFile(f"{folder / GENERATION} is missing: copy the whole folder")
+    if (
+        stored != _hash(config)
+        or description["sha256"] != sha256(folder / WEIGHTS)
+        or (generation and generation != sha256(folder / GENERATION))
+    ):
         raise DamagedFile(
             f"the files in {folder} are not those that were saved (their hash differs): they were "
             "truncated, edited or mixed up. Copy the folder again, or save the model anew"
         )
-    if description["format"] != FORMAT:
-        raise DamagedFile(f"{path} has format {description['format']}; this version reads {FORMAT}")
+    known = sorted({FORMAT, NARROWED})
+    if description["format"] not in known:
+        raise DamagedFile(
+            f"{path} has format {description['format']}; this version reads "
+            f"{' and '.join(map(str, known))}"
+        )
     del config[KEY]
+    config.pop("quantization_config", None)
     return config, description
 
 
@@ -202,26 +280,15 @@ def _rebuild(config: dict, description: dict) -> nn.Module:
             f"{name} is no model class of transformers, so it cannot be rebuilt from config.json: "
             f"pass a float model of this class, load_quantized(folder, model=...)"
         )
-    return kind._from_config(
-        kind.config_class.from_dict(config),
-        attn_implementation=description["attention"],
-        dtype=torch.float32,
-    )
+    settings = kind.config_class.from_dict(config)
+    dtype = settings.dtype
+    with _no_weights():  # in float32, for the sake of the buffers that are computed
+        model = kind._from_config(
+            settings, attn_implementation=description["attention"], dtype=torch.float32
+        )
+    model.config.dtype = dtype
+    return model
 
 
 def _hash(config: dict) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def _scheme_to_json(scheme: QuantScheme) -> dict:
-    return {**asdict(scheme), "scale_dtype": _name(scheme.scale_dtype)}
-
-
-def _scheme_from_json(saved: dict) -> QuantScheme:
-    form = saved["activations"]
-    if form is not None:
-        integers = form["range"] and tuple(form["range"])
-        form = Activations(**{**form, "range": integers})
-    return QuantScheme(
-        saved["weight_bits"], saved["group_size"], getattr(torch, saved["scale_dtype"]), form
-    )
