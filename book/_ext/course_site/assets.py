@@ -20,15 +20,16 @@ from fontTools.ttLib import TTFont
 from PIL import Image
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from docutils import nodes
     from sphinx.application import Sphinx
     from sphinx.config import Config
 
-THEME = (
-    Path(pydata_sphinx_theme.__file__).parent
-    / "theme"
-    / "pydata_sphinx_theme"
-    / "static"
+FONTS = next(
+    Path(pydata_sphinx_theme.__file__).parent.rglob(
+        "fontawesome/*/webfonts"
+    )
 )
 NEVER = (
     "thebe",
@@ -110,37 +111,29 @@ def icons(app: Sphinx, failed: Exception | None) -> None:
     if failed or app.builder.format != "html":
         return
     out = Path(app.outdir)
-    text = "".join(path.read_text() for path in out.rglob("*.html"))
-    styles = "".join(
-        path.read_text() for path in (out / "_static").rglob("*.css")
-    )
-    named = set(re.findall(r"\bfa-[a-z0-9-]+", text))
-    rules = dict(
-        re.findall(
-            r"\.(fa-[a-z0-9-]+):before\{content:\"(\\?[^\"]+)\"\}",
-            spread(
-                (
-                    THEME / "vendor/fontawesome/6.5.2/css/all.min.css"
-                ).read_text()
-            ),
-        )
-    )
-    used = {name: code for name, code in rules.items() if name in named}
-    points = {point(code) for code in used.values()} | {
-        ord(c) for c in re.findall("[\ue000-\uf8ff]", styles)
+    named = set(re.findall(r"\bfa-[a-z0-9-]+", read(out.rglob("*.html"))))
+    codes = {
+        name: code for name, code in icon_codes().items() if name in named
     }
+    styles = read(
+        p
+        for p in (out / "_static").rglob("*.css")
+        if "vendor" not in p.parts
+    )
+    points = {ord(c) for c in re.findall("[\ue000-\uf8ff]", styles)}
     points |= {
         int(c, 16) for c in re.findall(r"\\(f[0-9a-f]{3})\b", styles)
     }
-    css = ICON_RULES + "".join(
-        f'.{n}:before{{content:"{c}"}}\n' for n, c in sorted(used.items())
+    points |= {int(code, 16) for code in codes.values()}
+    css = ICON_RULES
+    css += "".join(
+        f'.{name}:before{{content:"\\{code}"}}\n'
+        for name, code in codes.items()
     )
     for file, (*families, weight) in FACES.items():
-        data = subset(
-            THEME / "vendor/fontawesome/6.5.2/webfonts" / f"{file}.ttf",
-            points,
+        (out / "_static" / f"{file}.woff").write_bytes(
+            subset(FONTS / f"{file}.ttf", points)
         )
-        (out / "_static" / f"{file}.woff").write_bytes(data)
         css += "".join(
             f'@font-face{{font-family:"{family}";font-weight:{weight};font-display:block;'
             f'src:url({file}.woff) format("woff")}}\n'
@@ -149,17 +142,21 @@ def icons(app: Sphinx, failed: Exception | None) -> None:
     (out / "_static" / "icons.css").write_text(css)
 
 
-def spread(css: str) -> str:
-    """Write ".a:before,.b:before{x}" as two rules."""
-    return re.sub(
-        r"((?:\.fa-[a-z0-9-]+:before,?)+)(\{[^}]*\})",
-        lambda m: "".join(f"{s}{m[2]}" for s in m[1].split(",")),
-        css,
-    )
+def read(paths: Iterable[Path]) -> str:
+    return "".join(path.read_text() for path in paths)
 
 
-def point(code: str) -> int:
-    return int(code[1:], 16) if code.startswith("\\") else ord(code)
+def icon_codes() -> dict[str, str]:
+    """Return the character of every icon, as hexadecimal digits."""
+    css = (FONTS.parent / "css" / "all.min.css").read_text()
+    codes = {}
+    for names, code in re.findall(
+        r'((?:\.fa-[a-z0-9-]+:before,?)+)\{content:"\\([0-9a-f]+)"', css
+    ):
+        codes |= dict.fromkeys(
+            re.findall(r"\.(fa-[a-z0-9-]+):", names), code
+        )
+    return codes
 
 
 def subset(font: Path, points: set[int]) -> bytes:

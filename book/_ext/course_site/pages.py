@@ -9,6 +9,12 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 
+MENDS = {
+    '<summary aria-label="Toggle hidden content">': "<summary>",
+    '<div role="list" class="citation-list">': '<div class="citation-list">',
+}
+
+
 def mend(
     app: Sphinx,
     pagename: str,
@@ -16,11 +22,9 @@ def mend(
     context: dict[str, Any],
     doctree: nodes.document,
 ) -> None:
-    """Let the visible words name what opens a hidden cell."""
-    if "body" in context:
-        context["body"] = context["body"].replace(
-            '<summary aria-label="Toggle hidden content">', "<summary>"
-        )
+    """Let visible words name what opens a hidden cell, and a list of references be no list."""
+    for wrong, right in MENDS.items():
+        context["body"] = context.get("body", "").replace(wrong, right)
 
 
 def setup(app: Sphinx) -> None:

@@ -7,6 +7,8 @@ import inspect
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
+from sphinx.pycode import ModuleAnalyzer
+
 import companion
 
 if TYPE_CHECKING:
@@ -23,38 +25,51 @@ def purpose(text: str | None) -> str:
 
 
 def modules(room: str) -> list[Any]:
-    """Return the modules of a room that offer names, in the order of their names."""
+    """Return the modules of a room that offer names; the solutions of exercises stay closed."""
     package = importlib.import_module(f"companion.{room}")
-    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    loaded = [
-        importlib.import_module(m.name)
-        for m in found
-        if ".assets" not in m.name
-    ]
-    return [m for m in loaded if public(m)]
-
-
-def public(module: Any) -> list[str]:
-    """Return the names of a module that its reference lists."""
-    return [
-        n
-        for n in getattr(module, "__all__", [])
-        if not hasattr(module, "__path__")
-    ]
-
-
-def link(module: str, name: str) -> str:
-    return f"{{py:obj}}`{name} <{module}.{name}>`"
-
-
-def described(module: Any, name: str) -> str:
-    """Return a row of a table: a name and what it is for."""
-    value = getattr(module, name)
-    if inspect.isclass(value) or inspect.isroutine(value):
-        return (
-            f"| {link(module.__name__, name)} | {purpose(value.__doc__)} |"
+    found = [
+        m.name
+        for m in pkgutil.walk_packages(
+            package.__path__, f"{package.__name__}."
         )
-    return f"| {link(module.__name__, name)} | `{value!r}` |"
+    ]
+    loaded = [
+        importlib.import_module(name)
+        for name in found
+        if ".exercises" not in name
+    ]
+    return [module for module in loaded if public(module)]
+
+
+def public(module: Any) -> dict[str, str]:
+    """Return the names that autodoc lists for a module, each with its purpose."""
+    documented = ModuleAnalyzer.for_module(module.__name__).find_attr_docs()
+    names = {
+        name: " ".join(text)
+        for (scope, name), text in documented.items()
+        if not scope
+    }
+    for name, value in vars(module).items():
+        callable_ = inspect.isclass(value) or inspect.isroutine(value)
+        if (
+            callable_
+            and value.__doc__
+            and value.__module__ == module.__name__
+        ):
+            names[name] = value.__doc__
+    return {
+        name: purpose(text)
+        for name, text in names.items()
+        if not name.startswith("_")
+    }
+
+
+def rows(module: str, names: dict[str, str]) -> list[str]:
+    """Return rows of a table: a name that leads to its entry, and what it is for."""
+    return [
+        f"| {{py:obj}}`{name} <{module}.{name}>` | {text} |"
+        for name, text in names.items()
+    ]
 
 
 def table(rows: list[str]) -> str:
@@ -65,22 +80,24 @@ def room_page(room: str) -> str:
     """Return a room's tables and entries, in Markdown."""
     parts = []
     for module in modules(room):
-        short = module.__name__.removeprefix(f"companion.{room}.")
-        rows = table([described(module, name) for name in public(module)])
-        entry = f"```{{eval-rst}}\n.. automodule:: {module.__name__}\n   :members:\n```"
-        parts.append(f"## {short}\n\n{rows}\n\n{entry}")
+        name = module.__name__
+        entry = (
+            f"```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```"
+        )
+        short = name.removeprefix(f"companion.{room}.")
+        parts += [f"## {short}", table(rows(name, public(module))), entry]
     return "\n\n".join(parts)
 
 
 def face_table() -> str:
     """Return the names of ``from companion import ...``, room by room."""
-    return table(
-        [
-            described(importlib.import_module(f"companion.{module}"), name)
-            for module, names in companion._HOME.items()
-            for name in names
-        ]
-    )
+    lines = []
+    for module, offered in companion._HOME.items():
+        names = public(importlib.import_module(f"companion.{module}"))
+        lines += rows(
+            f"companion.{module}", {name: names[name] for name in offered}
+        )
+    return table(lines)
 
 
 def write(app: Sphinx, docname: str, source: list[str]) -> None:
