@@ -34,6 +34,10 @@ class EmptyLoader(ValueError):
     """The loader gave no batch."""
 
 
+class UnreadableBatch(ValueError):
+    """A batch that says too little to be measured on, or more than the model takes."""
+
+
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite."""
 

@@ -6,20 +6,26 @@ Built in chapter 7.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
+from companion.data.text import IGNORED
 from companion.errors import EmptyLoader
+from companion.evaluation.forward import rows_of, scored
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+AT_ONCE = 2**19
+"""Counts that are drawn at once: 4 MB."""
+KEPT = 4000
+"""Examples up to which the counts are kept, one byte each, for the next score on as many."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,7 @@ class Scores:
 
         Equal seeds draw equal examples, which pairs the resamples of two models.
         """
-        counts = resamples(len(self.total), seed)
-        weight = counts @ self.weight
-        return np.divide(counts @ self.total, weight, out=np.zeros(len(counts)), where=weight > 0)
+        return resampled([self], seed)[0]
 
     def estimate(self) -> Estimate:
         """The ratio with its percentile-bootstrap 95 % interval."""
@@ -82,16 +86,58 @@ class Scores:
         return Estimate(self.value, float(low), float(high), len(self.total), "bootstrap")
 
 
-@lru_cache(maxsize=2)
-def resamples(n: int, seed: int = 0) -> np.ndarray:
-    """How often each of n examples is drawn, in 10,000 resamples with replacement (Efron, 1979).
+def resampled(scores: Sequence[Scores], seed: int = 0) -> np.ndarray:
+    """Resample several scores on the same examples in one pass, as `Scores.resampled` does one.
 
     Returns
     -------
-    ndarray of float, shape (10000, n)
-        Of float so that products with it are fast.
+    ndarray, shape (scores, 10000)
+
+    Examples
+    --------
+    >>> scores = Scores(np.array([1.0, 0.0]), np.ones(2))
+    >>> np.array_equal(resampled([scores, scores])[1], scores.resampled())
+    True
     """
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
+    parts = [
+        [(counts @ each.total, counts @ each.weight) for each in scores]
+        for counts in resamples(len(scores[0].total), seed)
+    ]
+    total, weight = np.moveaxis(np.concatenate(parts, axis=-1), 1, 0)
+    return np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
+
+
+def resamples(n: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each of n examples is drawn, in 10,000 resamples with replacement (Efron, 1979).
+
+    Own draws, not those of `scipy.stats.bootstrap`: every published interval rests on them.
+
+    Yields
+    ------
+    ndarray of float, shape (resamples, n)
+        Part by part, so that memory does not grow with n; of float so that products are fast.
+
+    Examples
+    --------
+    >>> parts = [counts.shape for counts in resamples(100)]
+    >>> sum(rows for rows, _ in parts), {n for _, n in parts}
+    (10000, {100})
+    """
+    for counts in _kept(n, seed) if n <= KEPT else _draws(np.full(n, 1 / n), n, seed):
+        yield counts.astype(float)
+
+
+@lru_cache(maxsize=2)
+def _kept(n: int, seed: int) -> list[np.ndarray]:
+    # one example is drawn 256 times or more in less than one of 10**500 resamples
+    return [counts.astype(np.uint8) for counts in _draws(np.full(n, 1 / n), n, seed)]
+
+
+def _draws(shares: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
+    """Multinomial counts of n draws, the same numbers as if all were drawn at once."""
+    rng, rows = np.random.default_rng(seed), max(1, AT_ONCE // len(shares))
+    for start in range(0, RESAMPLES, rows):
+        yield rng.multinomial(n, shares, min(rows, RESAMPLES - start))
 
 
 @dataclass(frozen=True)
@@ -119,15 +165,16 @@ class Paired:
         return self.difference.low <= 0 <= self.difference.high
 
 
-@torch.no_grad()
 def predict(model: nn.Module, loader: Iterable) -> tuple[np.ndarray, np.ndarray]:
     """Return predicted and true classes, with the model in eval mode meanwhile.
 
     Parameters
     ----------
     model : nn.Module
-        Maps a batch of inputs to scores of shape (batch, classes).
-    loader : iterable of (inputs, labels)
+        Answers with scores of shape (batch, classes), or with an object whose ``logits`` they are.
+    loader : iterable of (inputs, labels), or of dict
+        Dictionaries hold the arguments of the model's forward, and ``labels``. What is labelled
+        -100 is left out; where each token has a label, so does each scored token an answer.
 
     Returns
     -------
@@ -137,46 +184,97 @@ def predict(model: nn.Module, loader: Iterable) -> tuple[np.ndarray, np.ndarray]
     ------
     EmptyLoader
         If the loader gives no batch.
+    UnsupportedModel
+        If the model has no head for these labels.
+    UnreadableBatch
+        If the model does not take what the batches hold.
 
     Examples
     --------
+    >>> import torch
     >>> predict(nn.Identity(), [(torch.eye(2), torch.tensor([0, 1]))])
     (array([0, 1]), array([0, 1]))
     """
-    was_training = model.training
-    model.eval()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    pairs = [(model(x.to(device)).argmax(-1).cpu(), y.cpu()) for x, y in loader]
-    if was_training:
-        model.train()
-    if not pairs:
-        raise EmptyLoader("the loader gave no batch to evaluate on: is the data set empty?")
-    predictions, labels = (torch.cat(part).numpy() for part in zip(*pairs, strict=True))
+    pairs = [(given[true != IGNORED], true[true != IGNORED])
+             for _, given, true in _answers(model, loader)]  # fmt: skip
+    predictions, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
     return predictions, labels
+
+
+def _answers(model: nn.Module, loader: Iterable) -> list[tuple[list, np.ndarray, np.ndarray]]:
+    """Which example each row belongs to, the classes that the model gives, and the true ones."""
+    found: list[tuple[list, np.ndarray, np.ndarray]] = []
+    rows = 0
+    for batch, logits, labels in scored(model, loader):
+        given, true = (tensor.cpu().numpy() for tensor in (logits.argmax(-1), labels))
+        found.append((rows_of(batch, labels, rows), given, true))
+        rows += len(labels)
+    if not any((true != IGNORED).any() for _, _, true in found):
+        raise EmptyLoader(
+            "the loader gave no batch to evaluate on, or none with a label other than -100: is "
+            "the data set empty?"
+        )
+    return found
 
 
 def accuracy(model: nn.Module, loader: Iterable) -> Estimate:
     """Share of examples classified correctly, with a Wilson 95 % interval.
 
     The Wilson score interval (Wilson, 1927) stays inside [0, 1] and keeps a width at 100 %.
+    Where each token has a label, it is the share of scored tokens, and the interval comes from
+    resampling the examples, because the tokens of one go together.
 
     Parameters
     ----------
     model : nn.Module
-    loader : iterable of (inputs, labels)
+    loader : iterable of (inputs, labels), or of dict
+        As in `predict`.
 
     Returns
     -------
     Estimate
-        Between 0 and 1.
+        Between 0 and 1; n is the number of examples.
 
     Examples
     --------
+    >>> import torch
     >>> print(accuracy(nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))]))
     0.500 [0.095, 0.905] (n = 2)
     """
-    predictions, labels = predict(model, loader)
-    return proportion(predictions == labels)
+    parts = _answers(model, loader)
+    if parts[0][2].ndim == 1:
+        right = np.concatenate([given[true != IGNORED] == true[true != IGNORED]
+                                for _, given, true in parts])  # fmt: skip
+        return proportion(right)
+    return summed(
+        (owner, float(((row == true) & (true != IGNORED)).sum()), int((true != IGNORED).sum()))
+        for owners, given, labels in parts
+        for owner, row, true in zip(owners, given, labels, strict=True)
+    ).estimate()
+
+
+def summed(rows: Iterable[tuple[Any, float, int]]) -> Scores:
+    """Add up the rows of each example: (which example, total, weight), sorted by example.
+
+    Raises
+    ------
+    EmptyLoader
+        If no row has any weight.
+
+    Examples
+    --------
+    >>> summed([("b", 1.0, 1), ("a", 0.5, 2), ("b", 2.0, 1)]).total
+    array([0.5, 3. ])
+    """
+    sums: dict[Any, list] = {}
+    for owner, total, weight in rows:
+        entry = sums.setdefault(owner, [0.0, 0])
+        entry[0] += total
+        entry[1] += weight
+    if not sum(weight for _, weight in sums.values()):
+        raise EmptyLoader("the loader gave no token to score: is the split empty?")
+    total, weight = zip(*(sums[owner] for owner in sorted(sums)), strict=True)
+    return Scores(np.array(total), np.array(weight))
 
 
 def proportion(hits: np.ndarray) -> Estimate:
@@ -246,6 +344,6 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> Estimate:
     values, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
     n = int(counts.sum())
     # Resampling n values with replacement is a multinomial draw over the distinct ones.
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=RESAMPLES) @ values / n
+    draws = np.concatenate([part @ values / n for part in _draws(counts / n, n, seed)])
     low, high = np.quantile(draws, TAILS)
     return Estimate(float(counts @ values / n), float(low), float(high), n, "bootstrap")

@@ -5,15 +5,16 @@ Built in chapters 8 (perplexity) and 10 (recovery).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from companion.errors import EmptyLoader
-from companion.evaluation.estimates import TAILS, Estimate, Scores
+from companion.data.text import IGNORED
+from companion.evaluation.estimates import TAILS, Estimate, Scores, summed
+from companion.evaluation.forward import rows_of, scored
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class DocumentLosses:
         return Scores(self.loss, self.tokens).resampled(seed)
 
 
-@torch.no_grad()
 def document_losses(model: nn.Module, loader: Iterable) -> DocumentLosses:
     """Measure a model's loss on each document (or example) of a loader, in eval mode.
 
@@ -68,40 +68,28 @@ def document_losses(model: nn.Module, loader: Iterable) -> DocumentLosses:
     ------
     EmptyLoader
         If there is no batch, or no token to score.
+    UnsupportedModel
+        If the model has no head for these labels.
+    UnreadableBatch
+        If the model does not take what the batches hold.
     """
-    was_training = model.training
-    model.eval()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    sums: dict[int, list[float]] = {}
-    row = 0
-    for batch in loader:
-        if isinstance(batch, Mapping):
-            left_out = ("labels", "document")
-            inputs = {k: v.to(device) for k, v in batch.items() if k not in left_out}
-            logits, labels = model(**inputs).logits, batch["labels"].to(device)
-        else:
-            logits, labels, batch = model(batch[0].to(device)), batch[1].to(device), {}
-        if labels.dim() == 2:
-            if getattr(model, "loss_type", None) != "ForTokenClassification":
-                logits, labels = logits[:, :-1], labels[:, 1:]
-        else:
-            logits, labels = logits[:, None], labels[:, None]
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(),
-                                             reduction="none").view(labels.shape)  # fmt: skip
-        owners = batch.get("document", torch.arange(row, row + len(labels)))
-        scored = (labels != -100).sum(1).tolist()
-        for owner, loss, n in zip(
-            owners.tolist(), losses.cpu().double().sum(1).tolist(), scored, strict=True
-        ):
-            entry = sums.setdefault(owner, [0.0, 0])
-            entry[0] += loss
-            entry[1] += n
-        row += len(labels)
-    model.train(was_training)
-    if not sum(n for _, n in sums.values()):
-        raise EmptyLoader("the loader gave no token to score: is the split empty?")
-    loss, tokens = zip(*(sums[key] for key in sorted(sums)), strict=True)
-    return DocumentLosses(np.array(loss), np.array(tokens))
+    losses = summed(_by_row(model, loader))
+    return DocumentLosses(losses.total, losses.weight)
+
+
+def _by_row(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, float, int]]:
+    """Document, summed loss and number of scored tokens of each row."""
+    rows = 0
+    for batch, logits, labels in scored(model, loader):
+        losses = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(),
+                                             reduction="none").reshape(len(labels), -1)  # fmt: skip
+        yield from zip(
+            rows_of(batch, labels, rows),
+            losses.cpu().double().sum(1).tolist(),
+            (labels != IGNORED).reshape(len(labels), -1).sum(1).tolist(),
+            strict=True,
+        )
+        rows += len(labels)
 
 
 def perplexity(model: nn.Module, loader: Iterable) -> Estimate:
@@ -123,6 +111,7 @@ def perplexity(model: nn.Module, loader: Iterable) -> Estimate:
 
     Examples
     --------
+    >>> import torch
     >>> from types import SimpleNamespace
     >>> class Uniform(nn.Module):
     ...     def forward(self, input_ids):

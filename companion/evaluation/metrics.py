@@ -5,7 +5,7 @@ Built in chapter 12.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,9 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from companion.data.text import CHOICES, IGNORED
-from companion.errors import EmptyLoader
+from companion.errors import EmptyLoader, UnsupportedModel
 from companion.evaluation.estimates import TAILS, Estimate, Scores, resamples
+from companion.evaluation.forward import (
+    BOOKKEEPING,
+    check_fit,
+    device_of,
+    evaluating,
+    labels_of,
+    outputs,
+    refuse,
+    rows_of,
+)
 from companion.evaluation.language import document_losses
+
+SIDES = ("input_ids", "attention_mask", "body_input_ids", "body_attention_mask")
+"""What `BiEncoder.embed` reads, of the queries and of the texts."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> Estimate:
                           where=weight > 0)  # fmt: skip
         return np.nanmean(share, axis=-1)
 
-    low, high = np.quantile(mean(resamples(len(labels))), TAILS)
+    low, high = np.quantile(np.concatenate([*map(mean, resamples(len(labels)))]), TAILS)
     value = float(mean(np.ones((1, len(labels))))[0])
     return Estimate(value, float(low), float(high), len(labels), "bootstrap")
 
@@ -186,7 +199,7 @@ def _loss(model: nn.Module, task) -> Measured:
 
 def _accuracy(model: nn.Module, task) -> Measured:
     given, true = (np.array(side) for side in zip(*(
-        (int(scores.argmax()), int(label)) for scores, label in _answers(model, task.test)
+        (int(scores.argmax()), int(label)) for scores, label in _answers(model, task)
     ), strict=True))  # fmt: skip
     return Measured(hits(given == true), {"macro-F1": macro_f1(given, true)})
 
@@ -215,7 +228,7 @@ def first_is_best(losses: np.ndarray) -> np.ndarray:
 
 def _span_f1(model: nn.Module, task) -> Measured:
     given, true = [], []
-    for scores, labels in _answers(model, task.test):
+    for scores, labels in _answers(model, task):
         scored = labels != IGNORED
         given.append([task.classes[i] for i in scores.argmax(-1)[scored]])
         true.append([task.classes[i] for i in labels[scored]])
@@ -224,13 +237,29 @@ def _span_f1(model: nn.Module, task) -> Measured:
 
 def _recall(model: nn.Module, task) -> Measured:
     """Rank of the own text among all texts of the split; equal scores count against it."""
+    if not hasattr(model, "embed"):
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not embed texts, so it cannot look for any: load it "
+            'with load_pretrained(name, head="retrieval")'
+        )
 
-    def embed(batch: Mapping) -> Iterable[tuple[Tensor, ...]]:
-        queries = model.embed(batch["input_ids"], batch["attention_mask"])
-        texts = model.embed(batch["body_input_ids"], batch["body_attention_mask"])
-        return zip(queries.cpu(), texts.cpu(), batch["labels"].cpu() != IGNORED, strict=True)
+    device = device_of(model)
 
-    queries, texts, asked = map(torch.stack, zip(*_by_row(model, task.test, embed), strict=True))
+    def embed(batch: Mapping, side: str) -> Tensor:
+        ids, mask = (batch[f"{side}{part}"].to(device) for part in ("input_ids", "attention_mask"))
+        return model.embed(ids, mask).cpu()
+
+    def read() -> Iterator[tuple[list, Iterable]]:
+        rows = 0
+        for batch in task.test:
+            refuse(model, batch, set(batch) - {*SIDES, *BOOKKEEPING})
+            with evaluating(model):
+                queries, texts = embed(batch, ""), embed(batch, "body_")
+            labels = labels_of(batch).cpu()
+            yield rows_of(batch, labels, rows), zip(queries, texts, labels != IGNORED, strict=True)
+            rows += len(labels)
+
+    queries, texts, asked = map(torch.stack, zip(*_in_order(read()), strict=True))
     own = asked.nonzero()
     scores = queries[asked] @ texts.T
     ranks = (scores >= scores.gather(1, own)).sum(1).numpy()
@@ -238,35 +267,35 @@ def _recall(model: nn.Module, task) -> Measured:
                     {"recall@10": recall_at(10, ranks), "MRR": reciprocal_rank(ranks)})  # fmt: skip
 
 
-def _answers(model: nn.Module, loader: Iterable) -> list[tuple[Tensor, Tensor]]:
-    """The model's scores for each example, with its labels."""
+def _answers(model: nn.Module, task) -> list[tuple[Tensor, Tensor]]:
+    """The model's scores for each example of the test split, with its labels."""
 
-    def answer(batch: Mapping) -> Iterable[tuple[Tensor, Tensor]]:
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "document")}
-        return zip(model(**inputs).logits.cpu(), batch["labels"].cpu(), strict=True)
+    def read() -> Iterator[tuple[list, Iterable]]:
+        rows = 0
+        for batch, logits in outputs(model, task.test):
+            labels = labels_of(batch).to(logits.device)
+            check_fit(model, logits, labels)
+            if task.classes and logits.shape[-1] != len(task.classes):
+                raise UnsupportedModel(
+                    f"{type(model).__name__} knows {logits.shape[-1]} classes, and {task.name} has "
+                    f"{len(task.classes)}: it was made for another task"
+                )
+            yield rows_of(batch, labels, rows), zip(logits.cpu(), labels.cpu(), strict=True)
+            rows += len(labels)
 
-    return _by_row(model, loader, answer)
+    return _in_order(read())
 
 
-@torch.no_grad()
-def _by_row(model: nn.Module, loader: Iterable, read: Callable[[Mapping], Iterable]) -> list:
-    """What a function reads off each batch in eval mode, in the order the examples had."""
-    was_training = model.training
-    model.eval()
-    places, found = [], []
-    for batch in loader:
-        found += read(_on_device(model, batch))
-        rows = torch.arange(len(places), len(places) + len(batch["labels"]))
-        places += batch.get("document", rows).tolist()
-    model.train(was_training)
+def _in_order(batches: Iterable[tuple[list, Iterable]]) -> list:
+    """What was read off each row, in the order that the examples had."""
+    places: list = []
+    found: list = []
+    for owners, rows in batches:
+        places += owners
+        found += rows
     if not found:
         raise EmptyLoader("the loader gave no batch to evaluate on: is the data set empty?")
-    return [found[row] for row in np.argsort(places)]
-
-
-def _on_device(model: nn.Module, batch: Mapping) -> dict:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return {key: value.to(device) for key, value in batch.items()}
+    return [found[row] for row in np.argsort(places, kind="stable")]
 
 
 METRICS: dict[str, Metric] = {

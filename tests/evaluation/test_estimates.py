@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,15 @@ from torch import nn
 
 from companion import Estimate, accuracy
 from companion.errors import EmptyLoader
-from companion.evaluation.estimates import bootstrap, paired, predict, proportion
+from companion.evaluation import estimates
+from companion.evaluation.estimates import (
+    Scores,
+    bootstrap,
+    paired,
+    predict,
+    proportion,
+    resamples,
+)
 
 
 class Table(nn.Module):
@@ -98,6 +108,43 @@ def test_bootstrap_agrees_with_scipy():
     assert ours.low == pytest.approx(theirs.low, abs=0.01)
     assert ours.high == pytest.approx(theirs.high, abs=0.01)
     assert bootstrap(values) == ours  # seeded
+
+
+@pytest.mark.parametrize("kept", [0, 4000])
+@pytest.mark.parametrize("n", [1, 7, 191, 600])
+def test_resamples_are_the_draws_that_published_intervals_rest_on(n, kept, monkeypatch):
+    """In parts, kept small or not kept at all, they are those of one large array."""
+    monkeypatch.setattr(estimates, "KEPT", kept)
+    rng = np.random.default_rng(n)
+    total, weight = rng.normal(2.0, 0.3, n), rng.integers(1, 60, n)
+    whole = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 10_000)
+    assert all(
+        np.array_equal(part, whole[start : start + len(part)])
+        for start, part in zip(range(0, 10_000, max(1, 2**19 // n)), resamples(n), strict=False)
+    )
+    ours = Scores(total, weight).resampled()
+    # float64 sums of up to 600 terms of one sign, in another order: 2 * 600 * 1.1e-16
+    assert ours == pytest.approx((whole @ total) / (whole @ weight), rel=2e-13)
+    values, counts = np.unique(np.round(total, 1), return_counts=True)
+    draws = np.random.default_rng(0).multinomial(n, counts / n, 10_000) @ values / n
+    low, high = np.quantile(draws, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    found = bootstrap(np.round(total, 1))
+    assert (found.low, found.high) == (
+        pytest.approx(low, rel=2e-13),
+        pytest.approx(high, rel=2e-13),
+    )
+
+
+def test_resampling_takes_little_memory():
+    """One array of all counts would take 80 MB for each thousand examples."""
+    scores, values = Scores(np.ones(2000), np.ones(2000)), np.random.default_rng(0).random(2000)
+    tracemalloc.start()
+    scores.resampled()
+    bootstrap(values)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 25e6
+    assert peak < 50e6
 
 
 def test_empty_loader_is_an_error():

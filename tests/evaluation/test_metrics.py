@@ -1,6 +1,5 @@
 """Metrics against scikit-learn, by hand, and on models whose answers are known."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +11,9 @@ from sklearn.metrics import accuracy_score, f1_score, label_ranking_average_prec
 from sklearn.preprocessing import MultiLabelBinarizer
 from torch import nn
 
-from companion import load_task
+from companion.data.task import Task
 from companion.data.text import IGNORED
-from companion.errors import EmptyLoader
+from companion.errors import EmptyLoader, UnreadableBatch
 from companion.evaluation.metrics import (
     METRICS,
     first_is_best,
@@ -107,7 +106,7 @@ class Answers(nn.Module):
 
 
 def task(test, metric, classes=()):
-    return replace(load_task("topics"), test=test, metric=metric, classes=classes)
+    return Task("task", [], [], test, classes, "", metric)
 
 
 def test_accuracy_of_known_answers():
@@ -165,7 +164,23 @@ def test_recall_ranks_among_all_batches_and_asks_only_for_what_has_a_query():
     assert found.also["recall@10"].value == 1
 
 
+def test_recall_names_what_embeddings_would_leave_out():
+    ids, mask = torch.tensor([[0], [1]]), torch.ones(2, 1)
+    batch = {"input_ids": ids, "attention_mask": mask, "body_input_ids": ids,
+             "body_attention_mask": mask, "labels": torch.tensor([0, 1])}  # fmt: skip
+    model, types = Directions(torch.eye(2)), torch.zeros_like(ids)
+    plain = METRICS["recall@1"].measure(model, task([batch], "recall@1"))
+    assert plain.scores.value == 1
+    silent = task([batch | {"body_token_type_ids": types}], "recall@1")
+    assert METRICS["recall@1"].measure(model, silent).scores.value == 1
+    with pytest.raises(UnreadableBatch, match="'body_token_type_ids', which Directions does not"):
+        METRICS["recall@1"].measure(
+            model, task([batch | {"body_token_type_ids": types + 1}], "recall@1")
+        )
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "recall@1", "span F1", "loss"])
 def test_nothing_to_measure_is_an_error(metric):
+    model = Directions(torch.eye(2)) if metric == "recall@1" else Answers()
     with pytest.raises(EmptyLoader):
-        METRICS[metric].measure(Answers(), task([], metric))
+        METRICS[metric].measure(model, task([], metric))
