@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from companion.numerics.packing import narrowest
+
 
 def model_bytes(model: nn.Module) -> int:
     """Size of the whole file that a model is saved to, in bytes.
@@ -35,8 +37,11 @@ def model_bytes(model: nn.Module) -> int:
     >>> model_bytes(nn.Linear(100, 100)) - 4 * (100 * 100 + 100)  # the header
     144
     """
+    state = model.state_dict()
+    if any(name.rpartition(".")[2] == "integers" for name in state):  # as save_quantized() writes
+        state |= {n: narrowest(p.detach()) for n, p in model.named_parameters() if n in state}
     once = {}  # tied tensors stand in a file once
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         plain = isinstance(tensor, Tensor) and not hasattr(tensor, "__tensor_flatten__")
         shared = plain and not tensor.is_quantized and tensor.numel()
         once.setdefault((tensor.data_ptr(), tensor.shape) if shared else name, (name, tensor))

@@ -47,12 +47,12 @@ def pack(q: Tensor, bits: int) -> Tensor:
     q = nn.functional.pad(q.to(torch.int8), (0, -q.shape[-1] % 8))
     cells = q.view(torch.uint8).unflatten(-1, (-1, count))
     packed = torch.zeros(*cells.shape[:-1], width, dtype=torch.uint8, device=q.device)
+    pattern = 2**bits - 1
     for i in range(count):
         byte, shift = divmod(i * bits, 8)
-        pattern = cells[..., i] & (2**bits - 1)
-        packed[..., byte] |= pattern << shift
+        packed[..., byte] |= (cells[..., i] & pattern).bitwise_left_shift_(shift)
         if shift + bits > 8:  # the rest goes into the lowest bits of the next byte
-            packed[..., byte + 1] |= pattern >> (8 - shift)
+            packed[..., byte + 1] |= (cells[..., i] & pattern).bitwise_right_shift_(8 - shift)
     return packed.flatten(-2)
 
 

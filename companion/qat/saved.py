@@ -185,6 +185,40 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
     return model.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def keep_types(model: nn.Module, start: nn.Module) -> nn.Module:
+    """Round what stayed in floating point to the 16 bits that it came in, in place.
+
+    Weights of a bfloat16 checkpoint are trained in float32. Rounded back, they take the
+    checkpoint's bytes again when they are saved; they are computed with in float32 as before.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From `convert`, after training.
+    start : nn.Module
+        The float model as it was loaded. Only its large tensors count whose values all fit in 16
+        bits.
+
+    Returns
+    -------
+    nn.Module
+        `model`.
+
+    Examples
+    --------
+    >>> start, trained = nn.Linear(64, 64).bfloat16().float(), nn.Linear(64, 64)
+    >>> weight = keep_types(trained, start).weight
+    >>> torch.equal(weight, weight.bfloat16().float())
+    True
+    """
+    came = {name: narrowest(p.detach()).dtype for name, p in start.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if name in came and came[name].itemsize < parameter.dtype.itemsize:
+            parameter.copy_(parameter.to(came[name]))
+    return model
+
+
 def _without_weights(model: nn.Module) -> nn.Module:
     """Copy a model but for its parameters, which are going to be replaced."""
     return copy.deepcopy(model, {id(p): _shape_only(p) for p in model.parameters()})

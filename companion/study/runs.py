@@ -24,7 +24,7 @@ from companion.evaluation.language import document_losses
 from companion.evaluation.metrics import METRICS
 from companion.files import write_atomically
 from companion.numerics.scheme import QuantScheme
-from companion.qat.saved import save_quantized
+from companion.qat.saved import keep_types, save_quantized
 from companion.study.recipes import FLOAT, Arm
 from companion.study.tables import scheme_name
 from companion.training.batches import batches
@@ -120,7 +120,7 @@ class Runs:
             if rest:
                 loss_fn = distillation_loss(teacher) if arm.distil else default_loss
                 history = self._fit(model, stream[first:], rate, seed, loss_fn)
-            model = arm.finish(model)
+            model = keep_types(arm.finish(model), self.start)
         if test and seed == 0 and self.models and scheme is not None:
             save_quantized(model, self.models / model_folder(arm, scheme))
         validation = document_losses(model, self.task.validation).mean

@@ -86,12 +86,47 @@ def test_each_granularity_shares_its_scale_with_its_own_neighbours_only():
             assert not same[0, slice(*touched)].all()
 
 
-def test_zero_stays_zero_and_a_constant_row_survives():
-    for form in FORMS:
-        x = torch.tensor([[0.0] * 8, [0.0, 2.5] * 4])
-        y = fake_quantize_activations(x, form, 8)
-        assert torch.equal(y[:, 0], torch.zeros(2))
-        assert torch.isfinite(y).all()
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_zero_stays_zero_and_a_row_of_two_values_is_met(form):
+    x = torch.tensor([[0.0] * 8, [0.0, 2.5] * 4])
+    qmin, qmax = form.integers
+    step = 2.5 / (qmax - qmin) * (2 if form.symmetric else 1)
+    y = fake_quantize_activations(x, form, 8)
+    assert torch.equal(y[:, 0], torch.zeros(2))
+    assert torch.equal(y[0], torch.zeros(8))
+    # a grid that spans 0 to 2.5 ends there; a symmetric one ends half a step short on this side
+    expected = 2.5 - step / 2 if form.symmetric else 2.5
+    assert y[1, 1::2].tolist() == pytest.approx([expected] * 4, rel=1e-6)  # float32 resolution
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_zeros_alone_stay_zeros(form):
+    y = fake_quantize_activations(torch.zeros(3, 8), form, 8)
+    assert torch.equal(y, torch.zeros(3, 8))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (0, 3, 8), (0, 0, 8)])
+def test_nothing_comes_out_of_nothing(form, shape):
+    x = torch.zeros(shape, requires_grad=True)
+    y = fake_quantize_activations(x, form, 8)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_what_is_not_finite_shows_in_all_that_share_its_scale(form, bad):
+    x = torch.ones(3, 16)
+    x[1, 9] = bad
+    y = fake_quantize_activations(x, form, 8)
+    touched = torch.zeros(3, 16, dtype=torch.bool)
+    rows, columns = {"tensor": (slice(None), slice(None)), "token": (1, slice(None)),
+                     "block": (1, slice(8, None))}[form.granularity]  # fmt: skip
+    touched[rows, columns] = True
+    assert y[touched].isnan().all()
+    assert y[~touched].isfinite().all()
 
 
 def test_activation_gradient_goes_straight_through():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.ao.quantization import PerChannelMinMaxObserver
 
-from companion import choose_scale, dequantize, fake_quantize, pack, quantize, unpack
+from companion import choose_scale, dequantize, fake_quantize, quantize
 from companion.errors import SchemeError
 from companion.numerics.affine import to_groups
 from companion.numerics.scheme import integer_range
@@ -150,64 +150,6 @@ def test_groups_are_neighbours_of_a_row():
     assert to_groups(w).shape == (2, 1, 12)
     with pytest.raises(SchemeError, match="could be 1, 2, 3, 4, 6, 12"):
         to_groups(w, 5)
-
-
-@settings(max_examples=60, deadline=None)
-@given(seeds, bits, st.integers(0, 40), st.sampled_from([(), (1,), (3,), (2, 3)]))
-def test_unpack_is_the_inverse_of_pack(seed, width, n, rows):
-    qmin, qmax = integer_range(width)
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randint(qmin, qmax + 1, (*rows, n), generator=generator, dtype=torch.int8)
-    packed = pack(q, width)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (*rows, -(-n // 8) * width)
-    back = unpack(packed, width, n)
-    assert back.dtype == torch.int8
-    assert torch.equal(back, q)
-
-
-def by_definition(row: list[int], width: int) -> list[int]:
-    """Write the integers one after the other, lowest bit first, and cut the string into bytes."""
-    row = row + [0] * (-len(row) % 8)
-    string = "".join(format(v % 2**width, f"0{width}b")[::-1] for v in row)
-    return [int(string[i : i + 8][::-1], 2) for i in range(0, len(string), 8)]
-
-
-@settings(max_examples=60, deadline=None)
-@given(bits.flatmap(lambda b: st.tuples(
-    st.just(b), st.lists(st.integers(*integer_range(b)), min_size=1, max_size=20))))  # fmt: skip
-def test_packed_bytes_are_one_string_of_bits(case):
-    width, row = case
-    packed = pack(torch.tensor(row, dtype=torch.int8), width)
-    assert packed.tolist() == by_definition(row, width)
-
-
-@pytest.mark.parametrize(
-    ("width", "row", "expected"),
-    [
-        (4, [1, 2, -1, -8, 7, 0, 0, 3], [0x21, 0x8F, 0x07, 0x30]),  # low nibble first
-        (4, [5], [0x05, 0, 0, 0]),
-        (2, [1, -2, -1, 0, 0, 0, 0, -2], [0b00111001, 0b10000000]),
-        (3, [1, 2, 3, -4, -3, -2, -1, 0], [0b11010001, 0b01011000, 0b00011111]),
-        (8, [-1, 0, 1, 127, -128, 2, 3, 4], [255, 0, 1, 127, 128, 2, 3, 4]),
-    ],
-)
-def test_packed_bytes_by_hand(width, row, expected):
-    assert pack(torch.tensor(row, dtype=torch.int8), width).tolist() == expected
-
-
-def test_padding_is_zeros_that_unpack_leaves_out():
-    q = torch.tensor([[-8] * 9], dtype=torch.int8)
-    assert pack(q, 4).tolist() == [[0x88] * 4 + [0x08, 0, 0, 0]]
-    assert unpack(pack(q, 4), 4, 16).tolist() == [[-8] * 9 + [0] * 7]
-
-
-@pytest.mark.parametrize("width", [2, 3, 4, 7])
-def test_integers_that_do_not_fit_are_refused(width):
-    qmin, qmax = integer_range(width)
-    for bad in (qmin - 1, qmax + 1):
-        with pytest.raises(SchemeError, match=f"outside {qmin} to {qmax}"):
-            pack(torch.tensor([0, bad], dtype=torch.int8), width)
 
 
 def test_symmetric_unsigned_grid_is_refused():

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -80,3 +81,37 @@ def test_short_names_are_read_back(scheme):
 def test_other_names_are_refused_with_those_that_exist(text):
     with pytest.raises(SchemeError):
         parse_scheme(text)
+
+
+SCHEMES = [
+    W8A8, W8, W4A8, W4, W3, W2, QuantScheme(5, None, torch.float32),
+    QuantScheme(4, 64, torch.bfloat16, Activations(7, "block", True, (-3, 9))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_scheme_survives_json(scheme):
+    saved = json.loads(json.dumps(scheme.to_dict()))
+    assert saved == scheme.to_dict()
+    again = QuantScheme.from_dict(saved)
+    assert again == scheme
+    assert hash(again) == hash(scheme)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight_bits": 9},
+        {"scale_dtype": "float17"},
+        {"scale_dtype": "int8"},
+        {"scale_dtype": None},
+        {"activations": {"bits": 8}},
+        {"activations": "token"},
+        {"unknown": 1},
+    ],
+)
+def test_what_describes_no_scheme_is_refused(change):
+    with pytest.raises(SchemeError, match="describes no scheme"):
+        QuantScheme.from_dict(W4.to_dict() | change)
+    with pytest.raises(SchemeError, match="describes no scheme"):
+        QuantScheme.from_dict({})
