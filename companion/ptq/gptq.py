@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from companion.errors import EmptyLoader, NothingToQuantize
+from companion.errors import EmptyLoader, NothingToQuantize, SchemeError, UnsupportedModel
+from companion.evaluation.forward import run
 from companion.numerics.activations import fake_quantize_activations
 from companion.numerics.affine import dequantize, quantize
 from companion.numerics.scheme import QuantScheme
-from companion.ptq.smoothquant import run
 from companion.qat.layers import FakeQuantConv1D, FakeQuantLinear
 from companion.qat.prepare import prepare_qat
 from companion.qat.ranges import LearnedStepSize
@@ -62,6 +62,13 @@ def gptq(
     -------
     nn.Module
 
+    Raises
+    ------
+    EmptyLoader, NothingToQuantize
+        If there is no batch, or a layer receives no input from them: skip it.
+    UnsupportedModel, SchemeError
+        If a layer's inputs are not finite or too much alike, or `damping` is not above 0.
+
     References
     ----------
     Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained
@@ -77,16 +84,27 @@ def gptq(
     >>> error[0] < error[1]
     True
     """
+    if damping <= 0:
+        raise SchemeError(f"damping={damping} must be above 0, as 0.01 is: it steadies the inverse")
     calibration = list(islice(loader, batches))
     if not calibration:
         raise EmptyLoader("the loader gave no batch to calibrate on: is the data set empty?")
     prepared = prepare_qat(model, scheme, LearnedStepSize, skip=skip).eval()
     prepared.quantization.method = "gptq"
-    blocks = [list(names) for _, names in groupby(prepared.quantization.layers, _block_of)]
-    for names in tqdm(blocks, desc="gptq", leave=False, **({} if progress else {"disable": True})):
-        layers = [prepared.get_submodule(name) for name in names]
-        for layer, hessian in zip(layers, _hessians(prepared, layers, calibration), strict=True):
-            integers, scale = round_with_compensation(layer.matrix, hessian, scheme, damping)
+    tied: dict[int, list[str]] = {}  # layers with one weight are rounded once, for all their inputs
+    for name in prepared.quantization.layers:
+        tied.setdefault(id(prepared.get_submodule(name).weight), []).append(name)
+    blocks = [list(names) for _, names in groupby(tied.values(), lambda names: _block_of(names[0]))]
+    for block in tqdm(blocks, desc="gptq", leave=False, **({} if progress else {"disable": True})):
+        for (name, *_), hessian in zip(block, _hessians(prepared, block, calibration), strict=True):
+            layer = prepared.get_submodule(name)
+            try:
+                integers, scale = round_with_compensation(layer.matrix, hessian, scheme, damping)
+            except torch.linalg.LinAlgError:
+                raise UnsupportedModel(
+                    f"the inputs of {name} are too much alike for damping={damping}: calibrate on "
+                    "more batches, or with a damping of 0.01 or more"
+                ) from None
             groups = layer.quantizer.groups(integers)
             values = dequantize(groups, scale[..., None]).view_as(integers)
             layer.quantizer.start_at(scale[..., None])
@@ -154,15 +172,16 @@ def round_with_compensation(
     return integers, scale
 
 
-def _hessians(model: nn.Module, layers: list, calibration: list) -> list[Tensor]:
-    """Mean outer product of each layer's inputs over the calibration batches."""
-    sums = [torch.zeros(layer.matrix.shape[1], layer.matrix.shape[1], dtype=torch.float64,
-                        device=layer.weight.device) for layer in layers]  # fmt: skip
+def _hessians(model: nn.Module, tied: list[list[str]], calibration: list) -> list[Tensor]:
+    """Mean outer product of the inputs that each weight meets over the calibration batches."""
+    layers = [[model.get_submodule(name) for name in names] for names in tied]
+    sums = [torch.zeros(first.matrix.shape[1], first.matrix.shape[1], dtype=torch.float64,
+                        device=first.weight.device) for first, *_ in layers]  # fmt: skip
     seen = [0] * len(layers)
 
     def watch(place: int, layer: FakeQuantLinear):
-        def hook(_, inputs):
-            x = inputs[0]
+        def hook(_, inputs, named):
+            x = inputs[0] if inputs else next(iter(named.values()))
             scheme = layer.quantizer.scheme
             if scheme.activations is not None:  # as the layer will see them when served
                 x = fake_quantize_activations(x, scheme.activations, scheme.group_size)
@@ -172,15 +191,27 @@ def _hessians(model: nn.Module, layers: list, calibration: list) -> list[Tensor]
 
         return hook
 
-    hooks = [x.register_forward_pre_hook(watch(i, x)) for i, x in enumerate(layers)]
+    hooks = [
+        layer.register_forward_pre_hook(watch(place, layer), with_kwargs=True)
+        for place, sharing in enumerate(layers)
+        for layer in sharing
+    ]
     try:
         for batch in calibration:
             run(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    if 0 in seen:
-        raise NothingToQuantize("a layer received no input from the calibration batches: skip it")
+    if blind := [names[0] for names, n in zip(tied, seen, strict=True) if n == 0]:
+        raise NothingToQuantize(
+            f"{', '.join(blind)} received no input from the calibration batches: give more of them "
+            f"(batches=...), or leave it in floating point with skip={blind}"
+        )
+    if broken := [names[0] for names, s in zip(tied, sums, strict=True) if not s.isfinite().all()]:
+        raise UnsupportedModel(
+            f"{broken[0]} meets inputs that are not finite, or overflow when squared: check the "
+            "calibration batches, or calibrate the model in float32"
+        )
     return [total / n for total, n in zip(sums, seen, strict=True)]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from companion import QuantScheme, convert, dequantize, fit, load_pretrained, load_task, prepare_qat
-from companion.errors import EmptyLoader
+from companion.errors import EmptyLoader, NothingToQuantize, SchemeError, UnsupportedModel
 from companion.evaluation.language import document_losses
 from companion.numerics.affine import to_groups
 from companion.ptq.gptq import gptq, round_with_compensation
@@ -101,6 +101,115 @@ def test_empty_loader_and_activations():
     x = random(7, 16, 32)
     qat = gptq(model, W4A8, [(x, None)], progress=False)
     assert torch.equal(convert(qat)(x), qat.eval()(x))
+
+
+def layers(*widths: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
+
+
+THREE = QuantScheme(3, 16)
+
+
+def error(rounded: nn.Module, model: nn.Module, x: torch.Tensor) -> float:
+    return float((rounded(x) - model(x)).float().square().mean())
+
+
+def test_layers_without_input_are_named():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(32, 4), nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.used(x) + self.idle(x[:0]).sum()
+
+    x = random(8, 64, 32)
+    with pytest.raises(NothingToQuantize, match=r"idle received no input.*skip=\['idle'\]"):
+        gptq(Experts(), THREE, [(x, None)], progress=False)
+    qat = gptq(Experts(), THREE, [(x, None)], skip=["idle"], progress=False)
+    assert torch.equal(convert(qat)(x), qat(x))
+
+
+def test_dead_columns_and_zero_weights():
+    model, x = layers(32, 32, 8), random(9, 64, 32)
+    x[:, 3] = 0
+    x[:, 16:] = 0
+    model[0].weight.data[:4] = 0
+    model[1].weight.data.zero_()
+    qat = gptq(model, THREE, [(x, None)], progress=False)
+    assert all(p.isfinite().all() for p in qat.parameters())
+    assert torch.equal(qat[0].weight[:4], torch.zeros(4, 32))
+    assert torch.equal(convert(qat)(x), qat(x))
+    nearest = prepare_qat(model, THREE, "mse")
+    assert error(qat[0], model[0], x) < error(nearest[0], model[0], x)
+    silent = gptq(model, THREE, [(torch.zeros(4, 32), None)], progress=False)
+    assert torch.equal(convert(silent)(x), silent(x))
+
+
+@pytest.mark.parametrize("share", ["module", "weight"])
+def test_shared_layers_are_rounded_once_for_all_their_inputs(share):
+    model, x = layers(32, 32, 32), random(10, 256, 32)
+    if share == "module":
+        model[1] = model[0]
+    else:
+        model[1].weight = model[0].weight
+    qat = gptq(model, THREE, [(x, None)], progress=False)
+    assert qat[0].weight is qat[1].weight
+    assert torch.equal(convert(qat)(x), qat(x))
+    assert error(qat, model, x) < error(prepare_qat(model, THREE, "mse"), model, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, x = layers(32, 32, 8).to(dtype), random(11, 128, 32).to(dtype)
+    qat = gptq(model, THREE, [(x, None)], progress=False)
+    assert qat[0].weight.dtype == dtype
+    assert torch.equal(convert(qat)(x), qat(x))
+    assert error(qat, model, x) < error(prepare_qat(model, THREE, "mse"), model, x)
+
+
+@pytest.mark.parametrize(
+    "x", [random(12, 8, 32) * torch.nan, random(12, 8, 32) / 0, random(12, 8, 32) * 1e30]
+)
+def test_inputs_that_are_not_finite_are_refused_by_name(x):
+    with pytest.raises(UnsupportedModel, match=r"^0 meets inputs that are not finite"):
+        gptq(layers(32, 8), THREE, [(x, None)], progress=False)
+
+
+def test_damping_that_cannot_steady_is_refused():
+    x = random(13, 4, 32)  # four examples for 32 columns
+    for damping in (0, -1.0):
+        with pytest.raises(SchemeError, match="must be above 0"):
+            gptq(layers(32, 8), THREE, [(x, None)], damping=damping, progress=False)
+    with pytest.raises(UnsupportedModel, match="too much alike for damping=1e-25"):
+        gptq(layers(32, 8), THREE, [(x, None)], damping=1e-25, progress=False)
+
+
+def test_hooks_and_keyword_inputs_are_seen_as_the_layer_sees_them():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layers(32, 8)[0]
+
+        def forward(self, x):
+            return self.layer(**{"x" if hasattr(self.layer, "quantizer") else "input": x})
+
+    x, scaled = random(14, 64, 32), torch.linspace(0.1, 5, 32)
+    by_name, hooked = ByName(), layers(32, 8)
+    hooked[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * scaled,))
+    expected = gptq(layers(32, 8), THREE, [(x, None)], progress=False)[0].weight
+    assert torch.equal(gptq(by_name, THREE, [(x, None)], progress=False).layer.weight, expected)
+    expected = gptq(layers(32, 8), THREE, [(x * scaled, None)], progress=False)[0].weight
+    rounded = gptq(hooked, THREE, [(x, None)], progress=False)
+    assert torch.equal(rounded[0].weight, expected)
+    assert len(rounded[0]._forward_pre_hooks) == 1  # ours are gone
+
+
+def test_plain_tensors_are_batches_too():
+    model, x = layers(32, 8), random(15, 64, 32)
+    plain, pairs = (gptq(model, THREE, [b], progress=False) for b in (x, (x, None)))
+    assert torch.equal(plain[0].weight, pairs[0].weight)
 
 
 @pytest.mark.parametrize("bits", [3, 2])
