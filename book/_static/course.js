@@ -13,7 +13,7 @@ window.addEventListener("afterprint", () => forPaper(false));
 const BOXES = "pre, table, div.math, dt.sig";
 const reachable = () =>
   document.querySelectorAll(BOXES.split(", ").map((s) => `.bd-article ${s}`).join()).forEach((box) => {
-    const scrolls = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX === "auto";
+    const scrolls = box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === "auto";
     if (scrolls) box.setAttribute("tabindex", "0");
     else box.removeAttribute("tabindex");
   });
