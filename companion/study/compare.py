@@ -37,6 +37,7 @@ def compare(
     rates: Sequence[float] | Mapping[str, float] = RATES,
     tuning_steps: int | None = None,
     skip: Sequence[str] = (),
+    embeddings: bool = False,
     log: str | Path | None = None,
     models: str | Path | None = None,
     progress: bool = True,
@@ -68,6 +69,8 @@ def compare(
         Length of a trial; default: all `steps`. Shorter trials favour higher rates.
     skip : sequence of str
         Layers that stay in floating point, as in `prepare_qat`.
+    embeddings : bool
+        Round embeddings, too, as in `prepare_qat`.
     log : path, optional
         JSON file that receives every finished run; the same call goes on from it.
     models : path, optional
@@ -100,7 +103,8 @@ def compare(
     True
     """
     arms = [NEAREST, *(_arm(method) for method in methods if method != NEAREST.name)]
-    study = Runs(model, task, steps, tuple(skip), Log(log), progress, models)
+    study = Runs(model, task, steps, tuple(skip), Log(log), progress, models,
+                 embeddings)  # fmt: skip
     tuned = [arm for arm in arms if arm.float_share < 1]
     chosen = dict(rates) if isinstance(rates, Mapping) else {}
     wanted = [(FLOAT, None)] + [(arm, scheme) for arm in tuned for scheme in schemes]

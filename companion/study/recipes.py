@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from companion.data.task import Task
+from companion.errors import UnsupportedModel
 from companion.numerics.scheme import QuantScheme
 from companion.ptq.gptq import gptq
 from companion.qat.lora import lora
 from companion.qat.prepare import convert, prepare_qat
 
-Prepare = Callable[[nn.Module, QuantScheme, Task, Sequence[str]], nn.Module]
+Prepare = Callable[..., nn.Module]  # (model, scheme, task, skip)
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Arm:
     name : str
     prepare : callable, optional
         ``prepare(model, scheme, task, skip)`` returns the model to train further, or to finish.
-        None leaves it in floating point.
+        None leaves it in floating point. Where `compare` is asked to round embeddings, it also
+        gets ``embeddings=True``.
     finish : callable
         Turns the trained model into the one that is measured.
     float_share : float
@@ -59,7 +61,22 @@ class Arm:
 
 
 def _with(method: str) -> Prepare:
-    return lambda model, scheme, task, skip: prepare_qat(model, scheme, method, skip=skip)
+    return lambda model, scheme, task, skip, embeddings=False: prepare_qat(
+        model, scheme, method, skip=skip, embeddings=embeddings
+    )
+
+
+def _matrices_only(prepare: Prepare) -> Prepare:
+    """Refuse embeddings on behalf of a method that has no rule for them."""
+
+    def checked(model, scheme, task, skip, embeddings: bool = False) -> nn.Module:
+        if embeddings:
+            raise UnsupportedModel(
+                f"{prepare.__name__.strip('_')} has no rule for embeddings: leave one of the two out"
+            )
+        return prepare(model, scheme, task, skip)
+
+    return checked
 
 
 def _gptq(model: nn.Module, scheme: QuantScheme, task: Task, skip: Sequence[str]) -> nn.Module:
@@ -74,14 +91,19 @@ ARMS: dict[str, Arm] = {
     for arm in (
         NEAREST,
         Arm("nearest-mse", _with("mse"), float_share=1.0),
-        Arm("gptq", _gptq, float_share=1.0),
+        Arm("gptq", _matrices_only(_gptq), float_share=1.0),
         Arm("absmax", _with("absmax")),
         Arm("absmax-torchao-gradient", _with("absmax-torchao-gradient")),
         Arm("mse", _with("mse")),
         Arm("lsq", _with("lsq")),
         Arm("delayed", _with("absmax"), float_share=0.75),
         Arm("distilled", _with("absmax"), float_share=0.75, distil=True),
-        Arm("lora", lora, lambda model: convert(model.merge_and_unload()), float_share=0.75),
+        Arm(
+            "lora",
+            _matrices_only(lora),
+            lambda model: convert(model.merge_and_unload()),
+            float_share=0.75,
+        ),
         Arm("default", _with("lsq"), float_share=0.75, distil=True),
     )
 }

@@ -63,23 +63,25 @@ class Runs:
 
     Parameters
     ----------
-    model, task, steps, skip, progress, models
+    model, task, steps, skip, progress, models, embeddings
         As in `companion.compare`.
     log : Log
     """
 
     def __init__(
         self, model, task, steps: int, skip: tuple, log: Log, progress: bool,
-        models: str | Path | None = None,
+        models: str | Path | None = None, embeddings: bool = False,
     ) -> None:  # fmt: skip
         self.task = companion.load_task(task) if isinstance(task, str) else task
         self.start = companion.load_pretrained(model) if isinstance(model, str) else model
         known = getattr(self.start, "provenance", type(self.start).__name__)
         self.name = known.split(": ")[0]
         self.steps, self.skip, self.log, self.progress = steps, skip, log, progress
+        self.embeddings = embeddings
         self.models = None if models is None else Path(models)
         self.bar: tqdm | None = None
-        self.fingerprint = f"{_fingerprint(self.start)} {' '.join(self.skip)}".strip()
+        more = [*self.skip, *(["with embeddings"] if embeddings else [])]
+        self.fingerprint = f"{_fingerprint(self.start)} {' '.join(more)}".strip()
         self.floats: dict[tuple, nn.Module] = {}  # float phases that several arms share
 
     def tune(self, arm: Arm, scheme, rates: Sequence[float], steps: int, chosen: dict) -> float:
@@ -116,7 +118,7 @@ class Runs:
         history = None
         if arm.prepare is not None:
             teacher = model
-            model = arm.prepare(model, scheme, self.task, self.skip)
+            model = self._prepare(arm, model, scheme)
             if rest:
                 loss_fn = distillation_loss(teacher) if arm.distil else default_loss
                 history = self._fit(model, stream[first:], rate, seed, loss_fn)
@@ -153,7 +155,7 @@ class Runs:
         return share + (1 - share) * self.log.get(key, lambda: self._step_ratio(arm, scheme))
 
     def _step_ratio(self, arm: Arm, scheme) -> float:
-        models = [copy.deepcopy(self.start), arm.prepare(self.start, scheme, self.task, self.skip)]
+        models = [copy.deepcopy(self.start), self._prepare(arm, self.start, scheme)]
         losses = [default_loss, distillation_loss(self.start) if arm.distil else default_loss]
         stream = batches(self.task.train, 6, TUNING_SEED)
         seconds: tuple[list, list] = ([], [])
@@ -163,6 +165,10 @@ class Runs:
                 fit(model, [batch], steps=1, loss_fn=loss_fn, lr=0.0, progress=False)
                 times.append(time.perf_counter() - started)
         return median(seconds[1][1:]) / median(seconds[0][1:])
+
+    def _prepare(self, arm: Arm, model: nn.Module, scheme) -> nn.Module:
+        more = {"embeddings": True} if self.embeddings else {}
+        return arm.prepare(model, scheme, self.task, self.skip, **more)
 
     def _float(self, stream: list, seed: int, rate: float) -> nn.Module:
         """The start, fine-tuned in floating point on these batches; arms share the result."""
