@@ -57,12 +57,21 @@ class FakeQuantConv1D(FakeQuantLinear):
 
 
 class FakeQuantEmbedding(nn.Embedding):
-    """An embedding whose rows are rounded when they are looked up."""
+    """An embedding whose rows are rounded when they are looked up.
+
+    Parameters
+    ----------
+    factor : float, optional
+        Attribute set by `prepare_qat`: what the rows are multiplied by afterwards, as Gemma's are.
+    """
 
     quantizer: Absmax
+    factor: float | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.quantizer(super().forward(ids), rows=ids)
+        self.quantizer.check_rows(len(self.weight))
+        rows = self.quantizer(super().forward(ids), rows=ids)
+        return rows if self.factor is None else (rows.float() * self.factor).to(rows.dtype)
 
     @property
     def matrix(self) -> Tensor:
@@ -110,11 +119,12 @@ class Packed(nn.Module):
         return self.values(self.integers, self.scale)
 
     def _apply(self, fn, recurse=True):
-        # model.half() or .bfloat16() change what is computed with, never what is stored.
-        scale = self.scale
+        # model.half() or .bfloat16() change what is computed with, never what is stored: they
+        # leave bytes alone, and as such the scales are shown to them.
+        self.scale = self.scale.view(torch.uint8)
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.integers.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
+        self.scale = self.scale.view(self.scheme.scale_dtype)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
         return self
 
     def extra_repr(self) -> str:
@@ -219,10 +229,30 @@ class DynamicInt8Linear(QuantizedLinear):
 
 
 class QuantizedEmbedding(Packed):
-    """An embedding that unpacks only the rows it is asked for."""
+    """An embedding that unpacks only the rows it is asked for.
+
+    Parameters
+    ----------
+    factor : Tensor, optional
+        What the rows are multiplied by afterwards, a single float32.
+    """
+
+    factor: Tensor | None
+
+    def __init__(self, *shape, factor: Tensor | None = None, **kwargs) -> None:
+        super().__init__(*shape, **kwargs)
+        self.register_buffer("factor", factor)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.values(F.embedding(ids, self.integers), F.embedding(ids, self.scale))
+        rows = self.values(F.embedding(ids, self.integers), F.embedding(ids, self.scale))
+        return rows if self.factor is None else (rows.float() * self.factor).to(rows.dtype)
+
+    def _apply(self, fn, recurse=True):
+        factor = self.factor
+        super()._apply(fn, recurse)
+        if factor is not None:  # like the scales, it keeps its type
+            self.factor = factor.to(self.integers.device)
+        return self
 
 
 def refuse_save_pretrained(model: nn.Module) -> None:
