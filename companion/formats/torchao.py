@@ -68,10 +68,30 @@ def to_torchao(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+class ScaledEmbedding(nn.Embedding):
+    """An embedding whose rows are multiplied by a constant once they are looked up, as Gemma's.
+
+    Parameters
+    ----------
+    rows, columns : int
+    factor : float
+    """
+
+    def __init__(self, rows: int, columns: int, factor: float) -> None:
+        super().__init__(rows, columns, device="meta")
+        self.factor = factor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        return (rows.float() * self.factor).to(rows.dtype)
+
+
 def _empty(layer: Packed) -> nn.Module:
     """PyTorch's layer of the same shape, its weight still to come."""
     if isinstance(layer, QuantizedEmbedding):
-        return nn.Embedding(layer.rows, layer.columns, device="meta")
+        if layer.factor is None:
+            return nn.Embedding(layer.rows, layer.columns, device="meta")
+        return ScaledEmbedding(layer.rows, layer.columns, float(layer.factor))
     linear = nn.Linear(layer.columns, layer.rows, bias=layer.bias is not None, device="meta")
     linear.bias = layer.bias
     return linear

@@ -13,10 +13,18 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable
+from types import MethodType
 
+import torch
 from torch import nn
 
-from companion.errors import NothingToQuantize, SchemeError, UnknownLayer, WrongStage
+from companion.errors import (
+    NothingToQuantize,
+    SchemeError,
+    UnknownLayer,
+    WrongStage,
+    extra,
+)
 from companion.numerics.scheme import W8A8, QuantScheme
 from companion.qat.layers import (
     DynamicInt8Linear,
@@ -28,13 +36,19 @@ from companion.qat.layers import (
     QuantizedLinear,
     refuse_save_pretrained,
 )
-from companion.qat.ranges import Absmax, make_quantizer
+from companion.qat.ranges import Absmax, fingerprint_of, make_quantizer
 from companion.qat.selection import (
     Quantization,
     check_divisible,
+    check_forwards,
     choose_layers,
+    embedding_factor,
+    is_adapter,
     kind_of,
     matches,
+    refuse_adapters,
+    refuse_compiled,
+    refuse_computed_weights,
     refuse_quantized,
     refuse_unseen_weights,
 )
@@ -85,7 +99,8 @@ def prepare_qat(
     SchemeError
         If the group size does not divide a layer's inputs, with the sizes that divide all.
     WrongStage, UnsupportedModel
-        If the model is prepared or quantized already, or holds fused expert weights.
+        If the model is prepared or quantized already, compiled, offloaded, holds fused expert
+        weights or adapters, or a layer whose forward was replaced on the instance.
 
     Examples
     --------
@@ -99,6 +114,9 @@ def prepare_qat(
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     make_quantizer(scheme, method)  # an unknown method is refused before anything is copied
     refuse_quantized(model)
+    refuse_adapters(model)
+    refuse_compiled(model)
+    refuse_computed_weights(model)
     refuse_unseen_weights(model, skip)
     record = Quantization(scheme, method if isinstance(method, str) else method.__name__)
     targets = {
@@ -112,21 +130,27 @@ def prepare_qat(
             f"skip={unused[0]!r} matches no layer of this model; it has "
             f"{', '.join(list(targets)[:8]) or 'none that could be quantized'}"
         )
-    chosen = choose_layers(targets, skip, embeddings, record)
+    chosen = choose_layers(model, targets, skip, embeddings, record)
     if not chosen:
         kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
         raise NothingToQuantize(
             "no layer of this model would be quantized: prepare_qat rounds nn.Linear and Conv1D "
             f"layers, and this model is made of {', '.join(kinds)}"
             + (f" with skip={skip}" if skip else "")
-            + "; for convolutions use QuantWrapper"
+            + "".join(f"; {name}: {why}" for name, why in [*record.skipped.items()][:3])
+            + "; for convolutions use QuantWrapper" * any("Conv" in kind for kind in kinds)
         )
+    check_forwards(model, chosen)
     check_divisible(targets, chosen, scheme)
     prepared = copy.deepcopy(model)
     quantizers: dict[nn.Parameter, Absmax] = {}
     for name in chosen:
         module = prepared.get_submodule(name)
+        if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
+            module.factor = embedding_factor(module)
         module.__class__ = _FAKE[kind_of(module)]
+        if "_old_forward" in vars(module):  # Accelerate's hook calls what it found there
+            module._old_forward = MethodType(type(module).forward, module)
         if module.weight in quantizers:
             # Tied layers share their range too. It is registered once, so that no file has to
             # hold it under two names, which safetensors refuses.
@@ -134,6 +158,7 @@ def prepare_qat(
         else:
             quantizers[module.weight] = make_quantizer(scheme, method, module.matrix)
             module.quantizer = quantizers[module.weight]
+            module.quantizer.fingerprint = fingerprint_of(module.weight)
         _check_finite(name, module)
         record.layers.append(name)
     prepared.quantization = record
@@ -162,7 +187,8 @@ def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
     Raises
     ------
     WrongStage
-        If the model was not prepared, or is converted already.
+        If the model was not prepared, was converted already or changed in between (resized
+        embeddings, adapters that trained outside the rounding).
     SchemeError
         If it was prepared with another scheme, or its weights are no longer finite.
 
@@ -175,6 +201,7 @@ def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
     >>> torch.equal(convert(qat)(x), qat(x))
     True
     """
+    _refuse_adapters_outside(model)
     record = getattr(model, "quantization", None)
     if record is None or not any(isinstance(m, tuple(_FAKE.values())) for m in model.modules()):
         raise WrongStage(
@@ -187,9 +214,10 @@ def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
     new: dict[nn.Module, nn.Module] = {}
     done: dict[int, Packed] = {}
     for name in record.layers:
-        layer = converted.get_submodule(name)
+        layer = _prepared_layer(converted, name)
         _check_finite(name, layer)
         new[layer] = packed = empty_packed(layer, record.scheme).store(layer)
+        _keep_hooks(layer, packed)
         tied = done.setdefault(id(layer.weight), packed)  # one copy for layers that share one
         packed.integers, packed.scale = tied.integers, tied.scale
     converted = replace_modules(converted, new)
@@ -210,7 +238,11 @@ def empty_packed(layer: nn.Module, scheme: QuantScheme) -> Packed:
     rows, columns = layer.weight.shape
     shape = {"scheme": scheme, "dtype": layer.weight.dtype}
     if isinstance(layer, nn.Embedding):
-        return QuantizedEmbedding(rows, columns, **shape).to(layer.weight.device)
+        factor = getattr(layer, "factor", None)
+        if not isinstance(layer, FakeQuantEmbedding) and type(layer) is not nn.Embedding:
+            factor = 1.0  # a file is going to say
+        factor = None if factor is None else torch.tensor(factor)
+        return QuantizedEmbedding(rows, columns, factor=factor, **shape).to(layer.weight.device)
     if isinstance(layer, FakeQuantConv1D) or kind_of(layer) == "Conv1D":
         rows, columns = columns, rows
     kind = DynamicInt8Linear if _runs_on_int8_kernel(scheme) else QuantizedLinear
@@ -224,6 +256,62 @@ def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Mod
             if child in new:
                 setattr(parent, name, new[child])
     return new.get(model, model)
+
+
+def _prepared_layer(model: nn.Module, name: str) -> nn.Module:
+    try:
+        layer: nn.Module | None = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, tuple(_FAKE.values())):
+        raise WrongStage(
+            f"{name} is no longer the layer that prepare_qat() made (it is "
+            f"{type(layer).__name__ if layer is not None else 'gone'}): change the model "
+            "(resize_token_embeddings and the like) before prepare_qat()"
+        )
+    known = layer.quantizer.fingerprint
+    if not layer.weight.requires_grad and known not in (None, fingerprint_of(layer.weight)):
+        raise WrongStage(
+            f"the weight of {name} changed while it was frozen, as it does when an adapter is "
+            "merged that trained outside the rounding: rounding the sum moves what was learned. "
+            "Train adapters inside, with companion.qat.lora.lora(); if the change is meant, "
+            "requires_grad_(True) first"
+        )
+    return layer
+
+
+def _refuse_adapters_outside(model: nn.Module) -> None:
+    """Name the way to the integers of a model with adapters; merging is exact for some only."""
+    adapters = {name: m for name, m in model.named_modules() if is_adapter(m)}
+    # PEFT's ParamWrapper adds to the parameter, so inside the rounding
+    outside = [name for name, m in adapters.items() if hasattr(m, "base_layer")
+               and type(m).__name__ != "ParamWrapper"
+               and isinstance(m.base_layer, tuple(_FAKE.values()))]  # fmt: skip
+    if outside:
+        raise WrongStage(
+            f"the adapter of {outside[0]} adds to what a rounded layer computes, and merging it "
+            "would round the sum anew, which moves what was learned: train adapters inside the "
+            "rounding, with companion.qat.lora.lora(model, scheme); to accept the move, call "
+            "merge_and_unload() and requires_grad_(True), and convert that"
+        )
+    if adapters:
+        raise WrongStage(
+            "convert() needs the model without its adapters: call merge_and_unload() first (for "
+            "prompts get_base_model()), and convert what it returns"
+        )
+
+
+def _keep_hooks(layer: nn.Module, packed: nn.Module) -> None:
+    """Let the new module run the hooks of the old one, Accelerate's among them."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        for name in (kind, f"{kind}_with_kwargs"):
+            setattr(packed, name, getattr(layer, name))
+    packed._forward_hooks_always_called = layer._forward_hooks_always_called
+    if "_hf_hook" in vars(layer):
+        with extra("distributed"):
+            from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(packed, layer._hf_hook)
 
 
 def _check_finite(name: str, layer: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from companion.errors import SchemeError
+from companion.errors import SchemeError, WrongStage
 from companion.numerics.affine import choose_scale, fake_quantize, quantize
 from companion.numerics.scheme import QuantScheme
 
@@ -36,6 +36,7 @@ class Absmax(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.enabled = True
+        self.fingerprint: int | None = None  # of weights that nothing has trained so far
         if weight is not None:
             self.start(weight)
 
@@ -55,10 +56,19 @@ class Absmax(nn.Module):
 
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the fake-quantized weight, of the same shape and dtype."""
+        if self.fingerprint is not None and weight.requires_grad:
+            self.fingerprint = None
         if not self.enabled:
             return weight
         groups = self.groups(weight)
         return self.fake(groups, self.scale(groups, rows)).view_as(weight)
+
+    def check_rows(self, rows: int) -> None:
+        """Raise if the matrix had another number of rows when its ranges were found."""
+
+    def _load_from_state_dict(self, *args) -> None:
+        self.fingerprint = None
+        super()._load_from_state_dict(*args)
 
     def fake(self, groups: Tensor, scale: Tensor) -> Tensor:
         """Round to the grid with a straight-through gradient."""
@@ -68,7 +78,7 @@ class Absmax(nn.Module):
     def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return int8 of the weight's shape and scales of shape (..., groups): what is stored."""
         groups = self.groups(weight)
-        scale = self.scale(groups).to(self.scheme.scale_dtype)
+        scale = as_stored(self.scale(groups), self.scheme.scale_dtype)
         return quantize(groups, scale, bits=self.scheme.weight_bits).view_as(weight), scale[..., 0]
 
     def extra_repr(self) -> str:
@@ -123,10 +133,13 @@ class MSEClipped(Absmax):
         groups = self.groups(weight.detach())
         self.register_buffer("ratio", best_ratio(groups, self.scheme))
 
+    def check_rows(self, rows: int) -> None:
+        _check_shape((rows, *self.ratio.shape[1:]), self.ratio)
+
     def scale(self, groups: Tensor, rows: Tensor | None = None) -> Tensor:
-        ratio = self.ratio if rows is None else self.ratio[rows]
+        ratio = _of_rows(self.ratio, groups, rows)
         absmax = choose_scale(groups, self.scheme.weight_bits)[0]
-        return (absmax * ratio).to(self.scheme.scale_dtype)
+        return as_stored(absmax * ratio, self.scheme.scale_dtype)
 
 
 class LearnedStepSize(Absmax):
@@ -135,6 +148,10 @@ class LearnedStepSize(Absmax):
     It starts where `MSEClipped` does. What the optimizer sees is `step`, the scale divided by
     its first value: one learning rate then moves scales by the same share of themselves in
     every layer, which is what their "own learning rate" has to achieve.
+
+    A group with next to no weights, such as those of a layer that starts from zeros, offers no
+    range to start from: a step fitted to it would clip every update away. Such a group `follows`:
+    its scale grows with its weights as `MSEClipped`'s does, and `first` holds the ratio.
 
     References
     ----------
@@ -150,21 +167,42 @@ class LearnedStepSize(Absmax):
     """
 
     first: Tensor
+    follows: Tensor
 
     def start(self, weight: Tensor) -> None:
         groups = self.groups(weight.detach())
-        ratio = best_ratio(groups, self.scheme)
-        self.start_at(choose_scale(groups, self.scheme.weight_bits)[0] * ratio)
+        ratio, quiet = best_ratio(groups, self.scheme), _is_quiet(groups)
+        fitted = choose_scale(groups, self.scheme.weight_bits)[0] * ratio
+        self._start(torch.where(quiet, ratio, fitted), quiet)
 
     def start_at(self, scale: Tensor) -> None:
         """Begin with given scales, shape (rows, groups, 1): after GPTQ, for example."""
-        self.register_buffer("first", scale.detach().float())
-        self.step = nn.Parameter(torch.ones_like(self.first))
+        nothing = scale.detach().abs() <= _SCALE_OF_NOTHING
+        self._start(scale.detach().float().masked_fill(nothing, 1), nothing)
+
+    def check_rows(self, rows: int) -> None:
+        _check_shape((rows, *self.first.shape[1:]), self.first)
+
+    def _start(self, first: Tensor, follows: Tensor) -> None:
+        self.fingerprint = None
+        self.register_buffer("first", first)
+        self.register_buffer("follows", follows.squeeze(-1))
+        self.step = nn.Parameter(torch.ones_like(first))
+        self._some_follow = bool(follows.any())  # kept, since asking a GPU takes time
 
     def scale(self, groups: Tensor, rows: Tensor | None = None) -> Tensor:
-        if rows is None:
-            return self.step * self.first
-        return self.step[rows] * self.first[rows]
+        step, first = _of_rows(self.step, groups, rows), _of_rows(self.first, groups, rows)
+        if self._some_follow:
+            places = self.follows if rows is None else self.follows[rows]
+            absmax, _ = choose_scale(groups[places], self.scheme.weight_bits)
+            first = first.index_put((places,), (absmax * first[places]).to(first.dtype))
+        return step * first
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # a state saved before groups could follow
+        state_dict.setdefault(f"{prefix}follows", torch.zeros_like(self.follows))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._some_follow = bool(self.follows.any())
 
     def fake(self, groups: Tensor, scale: Tensor) -> Tensor:
         qmin, qmax = self.scheme.integers
@@ -176,7 +214,9 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, scale, scale_dtype, qmin, qmax):
-        stored = scale.to(scale_dtype).float()  # training sees the scale as it will be stored
+        stored = as_stored(
+            scale, scale_dtype
+        ).float()  # training sees the scale as it will be stored
         position = weight.float() * (1.0 / stored)
         rounded = position.round()
         clipped = rounded.clamp(qmin, qmax)
@@ -191,6 +231,55 @@ class _LearnedStep(torch.autograd.Function):
         inside, slope = ctx.saved_tensors
         to_scale = (grad * slope).sum(-1, keepdim=True) * ctx.gradient_scale
         return grad * inside, to_scale, None, None, None
+
+
+def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to the type that stores them; what would vanish stays its smallest number.
+
+    Examples
+    --------
+    >>> as_stored(torch.tensor([0.1, 1e-9]), torch.float16)
+    tensor([9.9976e-02, 5.9605e-08], dtype=torch.float16)
+    """
+    stored, smallest = scale.to(dtype), torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return stored.masked_fill(stored == 0, smallest)
+
+
+def _of_rows(kept: Tensor, groups: Tensor, rows: Tensor | None) -> Tensor:
+    """What is kept per group, for the rows that were looked up or for the whole matrix."""
+    if rows is not None:
+        return kept[rows]
+    _check_shape((*groups.shape[:-1], 1), kept)
+    return kept
+
+
+def _check_shape(shape: tuple[int, ...], kept: Tensor) -> None:
+    if shape != kept.shape:
+        raise WrongStage(
+            f"a weight of {shape[0]} rows with {shape[1]} groups does not fit the ranges found "
+            f"when it had {len(kept)} with {kept.shape[1]}: change the model "
+            "(resize_token_embeddings and the like) before prepare_qat()"
+        )
+
+
+def _is_quiet(groups: Tensor) -> Tensor:
+    """Which groups hold next to nothing, beside the others and beside a usual initialisation."""
+    largest = groups.float().abs().amax(-1, keepdim=True)
+    columns = groups.shape[-1] * groups.shape[-2]
+    usual = largest.median().clamp(min=columns**-0.5)
+    return largest < _QUIET * usual
+
+
+def fingerprint_of(weight: Tensor) -> int:
+    """Sum the bytes of a weight as integers: exact, and the same on any number of threads.
+
+    Examples
+    --------
+    >>> fingerprint_of(torch.zeros(2, 2)), fingerprint_of(torch.ones(2, 2)) != 0
+    (0, True)
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return int(weight.detach().contiguous().view(integers).sum(dtype=torch.int64))
 
 
 def best_ratio(groups: Tensor, scheme: QuantScheme) -> Tensor:
@@ -231,6 +320,11 @@ def best_ratio(groups: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 _RATIOS = [step / 40 for step in range(44, 9, -1)]  # 1.1 down to 0.25 of the absmax scale
+
+_QUIET = 0.1
+"""Below this share of a usual group's largest weight a group has its growing still to do."""
+_SCALE_OF_NOTHING = 2 * torch.finfo(torch.float32).eps
+"""`choose_scale` gives groups of zeros the smallest scale it has; nothing above it is one."""
 
 METHODS: dict[str, type[Absmax]] = {
     "absmax": Absmax,
