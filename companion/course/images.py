@@ -17,6 +17,8 @@ from companion.data.task import Task
 from companion.errors import SourceUnavailable, extra
 from companion.files import cache_folder
 
+IMAGES = ("digits-0-4", "digits-5-9", "cifar10")
+"""The tasks of this module."""
 IMAGE_SIZE = 32
 VALIDATION_SIZE = 100
 EVALUATION_BATCH = 100
@@ -65,8 +67,9 @@ def _enlarge(scans: Tensor) -> Tensor:
 
 def cifar10(name: str, batch_size: int = 32) -> Task:
     """Read CIFAR-10 through torchvision, which downloads it where a network allows."""
-    from torchvision import transforms
-    from torchvision.datasets import CIFAR10
+    with extra("course"):
+        from torchvision import transforms
+        from torchvision.datasets import CIFAR10
 
     to_tensor = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]

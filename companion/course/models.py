@@ -6,18 +6,23 @@ Built in chapters 2 and 8.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from companion.course.sources import MINILM, find, quiet_transformers
 from companion.course.tasks import load_task
 from companion.data.biencoder import BiEncoder
-from companion.errors import SourceUnavailable
+from companion.data.text import with_padding
+from companion.errors import DamagedFile, SourceUnavailable, UnsupportedModel, extra
 from companion.files import cache_folder, write_atomically
+from companion.qat.saved import CONFIG, KEY
 from companion.training.fit import fit
 
 logger = logging.getLogger(__name__)
@@ -72,12 +77,18 @@ def load_pretrained(
     Returns
     -------
     nn.Module
-        With an attribute `provenance` that says which weights it holds.
+        With an attribute `provenance` that says which weights it holds; models of transformers
+        also with `fresh`, the names of those that were drawn, as a new head's. A classifier's
+        ``config.pad_token_id`` is what its tokenizer pads with: decoders look for the end of a
+        text by it.
 
     Raises
     ------
     ValueError
         For an unknown head or kind of weights.
+    UnsupportedModel
+        If transformers has no such head for it, or a language model's would have to be drawn;
+        for a folder of `save_quantized`.
     SourceUnavailable
         If the weights could not be had, with the sources that were tried.
     DamagedFile
@@ -121,22 +132,75 @@ def _from_transformers(name: str, head: str | None, classes: int | None, seed: i
     if head not in HEADS:
         raise ValueError(f"head {head!r} is unknown: choose one of {', '.join(HEADS)}")
     sized = {} if classes is None else {"num_labels": classes}
+    if is_quantized(name):
+        raise UnsupportedModel(f"{name} holds a quantized model: load_quantized({name!r}) opens it")
     with quiet_transformers() as transformers:
         folder, source = find(name)
         torch.manual_seed(seed)
         try:
-            model = getattr(transformers, HEADS[head]).from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, **sized
+            model, found = getattr(transformers, HEADS[head]).from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **sized
             )
         except OSError as error:
             raise SourceUnavailable(
                 f"{name!r} is no model of this course, no folder with a model, and could not be "
                 f"had from the Hub ({str(error).splitlines()[0]})"
             ) from error
+        except SafetensorError as error:
+            raise DamagedFile(
+                f"the weights in {name} cannot be read ({error}): copy them again"
+            ) from None
+        except (ValueError, KeyError) as error:
+            if "AutoModel" not in str(error) and "model type" not in str(error):
+                raise
+            raise UnsupportedModel(
+                f"transformers has no {HEADS[head]} for {name}: choose another head or model"
+            ) from None
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise UnsupportedModel(
+                f"{name} already has a classifier, for another number of classes than {classes}: "
+                "leave classes out to keep it"
+            ) from None
+        fresh = tuple(sorted(found["missing_keys"]))
+        if head == "lm" and fresh:
+            raise UnsupportedModel(
+                f"{name} is no language model: {fresh[0]} is not among its weights. Choose a head for "
+                f"it, one of {', '.join(HEADS)}"
+            )
+        if head == "classification":
+            model.config.get_text_config().pad_token_id = _padding_token(folder, model.config)
     if head == "retrieval":
         model = BiEncoder(model)
-    model.provenance = f"{name}: {source}"
+    model.provenance, model.fresh = f"{name}: {source}", fresh
     return model
+
+
+def _padding_token(folder: str, config) -> int | None:
+    """What the rows of the model's tokenizer are padded with, or if it has none, its end token."""
+    from transformers import AutoTokenizer
+
+    try:
+        return with_padding(AutoTokenizer.from_pretrained(folder)).pad_token_id
+    except (OSError, ValueError):  # a folder with weights only
+        end = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+        return end[0] if isinstance(end, list) else end
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a folder was written by `companion.save_quantized`.
+
+    Examples
+    --------
+    >>> is_quantized("docs-lm")
+    False
+    """
+    config = Path(name, CONFIG)
+    try:
+        return config.is_file() and KEY in json.loads(config.read_text())
+    except (ValueError, TypeError, OSError):
+        return False
 
 
 def new_resnet18(classes: int, seed: int = 0) -> nn.Module:
@@ -159,7 +223,8 @@ def new_resnet18(classes: int, seed: int = 0) -> nn.Module:
 
 
 def _untrained(classes: int, quantizable: bool) -> nn.Module:
-    from torchvision.models import quantization, resnet18
+    with extra("classic"):
+        from torchvision.models import quantization, resnet18
 
     if quantizable:
         return quantization.resnet18(weights=None, quantize=False, num_classes=classes)
@@ -180,7 +245,8 @@ def _imagenet_or_stand_in(weights: str, progress: bool) -> tuple[dict, str]:
 
 
 def _imagenet_weights() -> tuple[dict, str]:
-    from torchvision.models import ResNet18_Weights
+    with extra("classic"):
+        from torchvision.models import ResNet18_Weights
 
     weights = ResNet18_Weights.DEFAULT  # torchvision checks the hash that the name carries
     return weights.get_state_dict(check_hash=True), f"resnet18: ImageNet weights, {weights}"

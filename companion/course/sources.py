@@ -53,7 +53,7 @@ def find(name: str) -> tuple[str, str]:
         try:
             path = Path(folder())
         except (OSError, ImportError) as error:
-            tried.append(f"{source} ({(str(error) or type(error).__name__).splitlines()[0]})")
+            tried.append(f"{source} ({_first_line(error)})")
             continue
         if (found := sha256(path / "model.safetensors")) != SHA256[name]:
             raise DamagedFile(
@@ -67,27 +67,41 @@ def find(name: str) -> tuple[str, str]:
 def _on_the_hub(name: str) -> tuple[str, str]:
     """The id, or without a network what was downloaded before.
 
-    Asked first, since the Hub's own client asks for half a minute before it gives up.
+    Asked once, for five seconds: transformers alone asks for half a minute before it gives up.
     """
-    from huggingface_hub import constants, get_session, snapshot_download
+    with extra("language"):
+        from huggingface_hub import model_info, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
 
+    nowhere = f"{name!r} is no model of this course, no folder with a model, and could not be had"
     try:
-        get_session().head(constants.ENDPOINT, timeout=5)
+        model_info(name, timeout=5)
         return name, "the Hub"
+    except (HfHubHTTPError, ValueError) as error:  # no such model, no leave to read it, no such id
+        raise SourceUnavailable(f"{nowhere} from the Hub ({_first_line(error)})") from None
     except Exception as error:  # of whichever library it asks with
-        reason = str(error) or type(error).__name__
+        reason = _first_line(error)
     try:
         return snapshot_download(name, local_files_only=True), "an earlier download from the Hub"
     except (OSError, ValueError):
         raise SourceUnavailable(
-            f"{name!r} is no model of this course, no folder with a model, and could not be had "
-            f"from the Hub, which cannot be reached ({reason.splitlines()[0]})"
+            f"{nowhere} from the Hub, which cannot be reached ({reason})"
         ) from None
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _sources(name: str) -> Iterator[tuple[str, Callable[[], str | Path]]]:
+    def shipped() -> Path:
+        folder = Path(__file__).parent / "assets" / "docs-lm"
+        if not (folder / "model.safetensors").is_file():
+            raise ImportError("whose weights are missing: pip install 'companion[course]'")
+        return folder
+
     if name == "docs-lm":
-        yield "this package", lambda: Path(__file__).parent / "assets" / "docs-lm"
+        yield "this package", shipped
         return
 
     def installed() -> Path:

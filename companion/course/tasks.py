@@ -6,6 +6,7 @@ Built in chapters 2, 8 and 12.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,7 +32,8 @@ def load_task(name: str, **options) -> Task:
         labels), ``"cifar10"`` (downloaded by torchvision where a network allows).
         Language modelling: ``"language-reference"`` (Python's, to fine-tune on),
         ``"docstrings"`` (what docs-lm was pre-trained on; larger test split), a local text,
-        JSON, CSV or Parquet file, or the Hub id of a data set. Text: ``"topics"`` (which
+        JSON, CSV or Parquet file, a folder of them named train, validation and test, or the Hub
+        id of a data set. Text: ``"topics"`` (which
         library does a docstring describe, names masked, few labels), ``"code-words"`` (which
         words did the author mark as code), ``"summaries"`` (which body belongs to a summary
         line), ``"cloze"`` (which of four passages goes on). With a network: ``"sst2"``,
@@ -39,8 +41,9 @@ def load_task(name: str, **options) -> Task:
     **options
         ``batch_size``; for the digits ``labels_per_class``, training images of each class
         (None for all that are not held out); for language modelling ``tokenizer`` (default:
-        docs-lm's) and ``block_size`` (256 tokens), for docstrings ``documents`` (at most so
-        many of each split), for files and Hub ids ``text_column`` and ``config``; for tasks
+        docs-lm's) and ``block_size`` (256 tokens, or what the tokenizer's model takes), for
+        docstrings ``documents`` (at most so many of each split), for files ``text_column`` and
+        ``encoding``, for Hub ids ``text_column`` and ``config``; for tasks
         on text ``tokenizer`` (default: that of the model the task is made for); for the names
         that need a network ``folder``, with files of the same columns.
 
@@ -51,7 +54,7 @@ def load_task(name: str, **options) -> Task:
     Raises
     ------
     ValueError
-        For an unknown name, with the known ones.
+        For an unknown name, with the known ones; for an option that the task does not have.
     SourceUnavailable
         If the data cannot be had.
 
@@ -66,10 +69,14 @@ def load_task(name: str, **options) -> Task:
     >>> next(iter(load_task("language-reference").train))["input_ids"].shape
     torch.Size([8, 256])
     """
-    if name in TASKS:
-        return TASKS[name](name, **options)
-    if Path(name).exists() or "/" in name:
-        return _data_set(name, **options)
+    if name in TASKS or Path(name).exists() or "/" in name:
+        try:
+            return TASKS.get(name, _data_set)(name, **options)
+        except TypeError as error:
+            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if found is None or found[1] not in options:
+                raise
+            raise ValueError(f"task {name!r} has no option {found[1]!r}") from None
     raise ValueError(
         f"task {name!r} is unknown: choose one of {', '.join(TASKS)}, a file, or the Hub id of a "
         "data set (owner/name)"
@@ -158,14 +165,17 @@ def _announce_difference(corpus: Corpus) -> None:
         )
 
 
-def _data_set(name: str, text_column: str = "text", config: str | None = None, **options) -> Task:
-    """Documents of a file or of a Hub data set."""
-    splits = read_text(name, text_column, config)
+def _data_set(
+    name: str, text_column: str = "text", config: str | None = None, encoding: str | None = None,
+    **options,
+) -> Task:  # fmt: skip
+    """Documents of a file, a folder or a Hub data set."""
+    splits = read_text(name, text_column, config, encoding)
     return _language_task(name, Corpus(versions={}, **splits), name, **options)
 
 
 def _language_task(
-    name: str, corpus: Corpus, source: str, tokenizer=None, block_size=256, batch_size=8
+    name: str, corpus: Corpus, source: str, tokenizer=None, block_size=None, batch_size=8
 ) -> Task:
     splits = (corpus.train, corpus.validation, corpus.test)
     tokenizer = tokenizer or load_tokenizer("docs-lm")

@@ -26,7 +26,8 @@ class BiEncoder(nn.Module):
     Parameters
     ----------
     encoder : nn.Module
-        Answers with ``last_hidden_state`` of shape (batch, tokens, width).
+        Answers with ``last_hidden_state`` of shape (batch, tokens, width). Its ``config``, if it
+        has one, is also this model's.
     temperature : float
         Divides the cosines; 0.05 is what MiniLM was trained with.
 
@@ -53,10 +54,21 @@ class BiEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.temperature = temperature
+        if hasattr(encoder, "config"):
+            self.config = encoder.config  # what a saved model is rebuilt from
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Mean over the tokens, of length one: shape (batch, width)."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def embed(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> Tensor:
+        """Mean over the tokens, of length one: shape (batch, width).
+
+        Parameters
+        ----------
+        input_ids, attention_mask : Tensor, int64, shape (batch, length)
+        **more : Tensor
+            What else the tokenizer makes for the encoder, such as ``token_type_ids``.
+        """
+        hidden = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, **more
+        ).last_hidden_state
         mask = attention_mask[..., None].to(hidden.dtype)
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
@@ -67,8 +79,16 @@ class BiEncoder(nn.Module):
         body_input_ids: Tensor,
         body_attention_mask: Tensor,
         labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        body_token_type_ids: Tensor | None = None,
     ) -> Match:
         """Score each query with each text; `labels` say which text is the query's own."""
-        queries = self.embed(input_ids, attention_mask)
-        logits = queries @ self.embed(body_input_ids, body_attention_mask).T / self.temperature
+        queries, texts = (
+            self.embed(ids, mask, **({} if types is None else {"token_type_ids": types}))
+            for ids, mask, types in (
+                (input_ids, attention_mask, token_type_ids),
+                (body_input_ids, body_attention_mask, body_token_type_ids),
+            )
+        )
+        logits = queries @ texts.T / self.temperature
         return Match(logits, None if labels is None else F.cross_entropy(logits, labels))

@@ -1,8 +1,9 @@
 """From labelled text to loaders: classification, tagging, retrieval, multiple choice.
 
-Rows are padded to the longest of their batch; batches for training are drawn by length with the
-shuffle of `fit`, those to measure on are sorted by length; their ``document`` is the place that an
-example had, and results come in that order. Built in chapter 12.
+Rows are padded to the longest of their batch, by the tokenizer and on the right; batches for
+training are drawn by length with the shuffle of `fit`, those to measure on are sorted by length;
+their ``document`` is the place that an example had, and results come in that order. Built in
+chapter 12.
 """
 
 from __future__ import annotations
@@ -14,70 +15,60 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from companion.data.task import Task
-from companion.data.text import IGNORED, encode, start_token
-from companion.errors import extra
+from companion.data.text import IGNORED, encode, start_token, with_padding
+from companion.errors import UnsupportedModel, extra
 
 Row = dict[str, "list[int] | int"]
 EVALUATION_BATCH = 100
-PADDED = {"labels": IGNORED}  # what fills a list; all other columns are filled with zero
+SIDES = ("", "body_")  # of a pair: what the columns of its first and its second text begin with
 
 
-class ByLength(torch.utils.data.Sampler):
-    """Rows in random order, but neighbours of similar length, so that little is padded.
+class Collator:
+    """Make a batch of rows: token columns padded by the tokenizer, lists of labels by -100.
 
     Parameters
     ----------
-    lengths : sequence of int
-    batch_size : int
+    tokenizer : PreTrainedTokenizerBase
+        Its padding token fills the rows, and its attention mask leaves them out. Always on the
+        right, whatever its own side is: there every model counts positions from the first token.
+    pairs : bool
+        The label of a row is the place of its second text in the batch, unless it is -100.
 
     Examples
     --------
-    >>> sorted(ByLength([3, 1, 2], batch_size=2))
-    [0, 1, 2]
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> letters = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[PAD]": 2}))
+    >>> collate = Collator(PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="[PAD]"))
+    >>> batch = collate([{"input_ids": [0, 1], "labels": 1}, {"input_ids": [0], "labels": 0}])
+    >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+    ([[0, 1], [0, 2]], [[1, 1], [1, 0]])
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int) -> None:
-        self.lengths, self.batch_size = list(lengths), batch_size
+    def __init__(self, tokenizer, *, pairs: bool = False) -> None:
+        self.tokenizer, self.pairs = with_padding(tokenizer), pairs
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         with extra("language"):
-            from transformers.trainer_pt_utils import get_length_grouped_indices
+            from transformers.data.data_collator import pad_without_fast_tokenizer_warning as pad
 
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size))
-
-
-def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Pad lists to the longest of the batch and gather numbers.
-
-    Examples
-    --------
-    >>> collate([{"input_ids": [5, 6], "labels": 1}, {"input_ids": [7], "labels": 0}])
-    {'input_ids': tensor([[5, 6],
-            [7, 0]]), 'labels': tensor([1, 0])}
-    """
-    batch = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        if isinstance(values[0], list):
-            longest = max(map(len, values))
-            fill = [PADDED.get(name, 0)]
-            values = [value + fill * (longest - len(value)) for value in values]
-        batch[name] = torch.tensor(values)
-    return batch
-
-
-def collate_pairs(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Pad as `collate` does; the label of a summary is the place of its body in the batch.
-
-    Where ``labels`` are given already (bodies that no summary asks for), they stay.
-    """
-    batch = collate(rows)
-    places = torch.arange(len(rows))
-    batch["labels"] = torch.where(batch["labels"] == IGNORED, IGNORED, places)
-    return batch
+        batch: dict[str, Tensor] = {}
+        for side in SIDES:
+            names = [n for n in self.tokenizer.model_input_names if side + n in rows[0]]
+            if names:
+                texts = [{name: row[side + name] for name in names} for row in rows]
+                padded = pad(self.tokenizer, texts, padding_side="right", return_tensors="pt")
+                batch |= {side + name: tensor for name, tensor in padded.items()}
+        for name in sorted(set(rows[0]) - set(batch)):
+            values = [row[name] for row in rows]
+            if isinstance(values[0], list):
+                width = batch["input_ids"].shape[1]
+                values = [value + [IGNORED] * (width - len(value)) for value in values]
+            batch[name] = torch.tensor(values)
+        if self.pairs:
+            places = torch.arange(len(rows))
+            batch["labels"] = torch.where(batch["labels"] == IGNORED, IGNORED, places)
+        return batch
 
 
 def classification(
@@ -97,7 +88,7 @@ def classification(
     source : str
         Where the text is from, and its licence.
     max_length : int
-        Tokens of a row at most.
+        Tokens of a row at most; fewer where the tokenizer's model takes fewer.
     batch_size : int
         Rows to train on at a time.
     padding : "max_length" or False
@@ -105,16 +96,12 @@ def classification(
     """
 
     def rows(examples):
-        encoded = tokenizer(
-            [text for text, _ in examples],
-            truncation=True,
-            max_length=max_length,
-            padding=padding,
-        )
-        return [{**_inputs(encoded, i), "labels": int(label)}
-                for i, (_, label) in enumerate(examples)]  # fmt: skip
+        encoded = _encoded(tokenizer, [text for text, _ in examples], max_length, padding=padding)
+        return [row | {"labels": int(label)}
+                for row, (_, label) in zip(encoded, examples, strict=True)]  # fmt: skip
 
-    parts = _loaders(splits, rows, batch_size, collate)
+    tokenizer = with_padding(tokenizer)
+    parts = _loaders(splits, rows, batch_size, Collator(tokenizer))
     return Task(name, **parts, classes=tuple(classes), source=source, metric="accuracy")
 
 
@@ -137,18 +124,18 @@ def tagging(
     def rows(examples):
         encoded = tokenizer(
             [list(words) for words, _ in examples], is_split_into_words=True, truncation=True,
-            max_length=max_length,
+            max_length=_limit(tokenizer, max_length),
         )  # fmt: skip
         result = []
-        for i, (_, tags) in enumerate(examples):
+        for i, (row, (_, tags)) in enumerate(zip(_rows(tokenizer, encoded), examples, strict=True)):
             owners, labels = encoded.word_ids(i), []
             for before, owner in zip([None, *owners], owners, strict=False):
                 first = owner is not None and owner != before
                 labels.append(number[tags[owner]] if first else IGNORED)
-            result.append({**_inputs(encoded, i), "labels": labels})
+            result.append(row | {"labels": labels})
         return result
 
-    parts = _loaders(splits, rows, batch_size, collate)
+    parts = _loaders(splits, rows, batch_size, Collator(tokenizer))
     return Task(name, **parts, classes=tuple(classes), source=source, metric="span F1")
 
 
@@ -170,20 +157,18 @@ def retrieval(
     """
 
     def rows(examples):
-        queries, texts = (
-            tokenizer([text or "" for text in side], truncation=True, max_length=max_length)
-            for side in zip(*examples, strict=True)
-        )
+        sides = [
+            [{prefix + name: tokens for name, tokens in row.items()}
+             for row in _encoded(tokenizer, [text or "" for text in texts], max_length)]
+            for prefix, texts in zip(SIDES, zip(*examples, strict=True), strict=True)
+        ]  # fmt: skip
         return [
-            {
-                **_inputs(queries, i),
-                **{f"body_{key}": value for key, value in _inputs(texts, i).items()},
-                "labels": IGNORED if query is None else 0,
-            }
-            for i, (query, _) in enumerate(examples)
+            query | text | {"labels": IGNORED if asked is None else 0}
+            for query, text, (asked, _) in zip(*sides, examples, strict=True)
         ]
 
-    parts = _loaders(splits, rows, batch_size, collate_pairs, evaluation_batch=batch_size)
+    parts = _loaders(splits, rows, batch_size, Collator(tokenizer, pairs=True),
+                     evaluation_batch=batch_size)  # fmt: skip
     return Task(name, **parts, classes=(), source=source, metric="recall@1")
 
 
@@ -212,11 +197,34 @@ def choices(questions: Sequence[tuple[str, Sequence[str]]], tokenizer) -> DataLo
                 "document": len(rows),
             })  # fmt: skip
     rows.sort(key=_length)
-    return DataLoader(rows, EVALUATION_BATCH, collate_fn=collate)
+    if rows and _length(rows[-1]) > tokenizer.model_max_length:
+        raise UnsupportedModel(
+            f"a question with its answer has {_length(rows[-1])} tokens, and the model takes "
+            f"{tokenizer.model_max_length}: give a model with a longer context"
+        )
+    return DataLoader(rows, EVALUATION_BATCH, collate_fn=Collator(tokenizer))
 
 
-def _inputs(encoded, row: int) -> Row:
-    return {key: encoded[key][row] for key in ("input_ids", "attention_mask")}
+def _encoded(
+    tokenizer, texts: Sequence[str], max_length: int, padding: str | bool = False
+) -> list[Row]:
+    """The token columns of each text, as the tokenizer names them."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=_limit(tokenizer, max_length),
+                        padding=padding, padding_side="right")  # fmt: skip
+    return _rows(tokenizer, encoded)
+
+
+def _rows(tokenizer, encoded) -> list[Row]:
+    names = [name for name in tokenizer.model_input_names if name in encoded]
+    rows = [dict(zip(names, values, strict=True)) for values in
+            zip(*(encoded[name] for name in names), strict=True)]  # fmt: skip
+    # a text without tokens still needs one to answer for
+    empty = {"input_ids": [with_padding(tokenizer).pad_token_id], "attention_mask": [1]}
+    return [row if row["input_ids"] else {n: empty.get(n, [0]) for n in names} for row in rows]
+
+
+def _limit(tokenizer, max_length: int) -> int:
+    return int(min(max_length, tokenizer.model_max_length))
 
 
 def _length(row: Row) -> int:
@@ -228,12 +236,15 @@ def _loaders(
     evaluation_batch: int = EVALUATION_BATCH,
 ) -> dict[str, DataLoader]:  # fmt: skip
     """A loader of each split: shuffled by length to train on, sorted by length to measure on."""
+    with extra("language"):
+        from transformers.trainer_pt_utils import LengthGroupedSampler
+
     train, validation, test = (rows(splits[part]) for part in ("train", "validation", "test"))
     lengths = [_length(row) for row in train]
     if len(set(lengths)) == 1:
         order = {"shuffle": True}
     else:
-        order = {"sampler": ByLength(lengths, batch_size)}
+        order = {"sampler": LengthGroupedSampler(batch_size, lengths=lengths)}
     loaders = {"train": DataLoader(train, batch_size, collate_fn=collate_fn, **order)}
     for part, held_out in (("validation", validation), ("test", test)):
         numbered = [row | {"document": number} for number, row in enumerate(held_out)]

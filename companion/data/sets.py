@@ -1,19 +1,38 @@
-"""Data sets from files and from the Hub, read through `datasets`; some are known by name.
+"""Data sets from files, read here, and from the Hub, through `datasets`; some are known by name.
 
-Built in chapters 8 and 12.
+Files are read without `datasets`, which takes brackets in their names for patterns. Built in
+chapters 8 and 12.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import codecs
+import io
+import json
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from companion.errors import SourceUnavailable, extra
+from companion.errors import MissingExtra, SourceUnavailable, extra
 
-FILES = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 PARTS = ("train", "validation", "test")
+Table = Mapping[str, Sequence]  # columns by name: a dictionary, or a split of `datasets`
+FEWEST = 10  # documents that can be split 8 : 1 : 1
+CHATS = ("messages", "conversations", "conversation")  # columns of the usual chat data sets
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""Bytes at the beginning of a file that say how it is encoded."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +118,23 @@ def read_known(name: str, folder: str | Path | None = None) -> dict[str, list]:
     """
     known = KNOWN[name]
     path = known.path if folder is None else str(folder)
-    data = _load(path, *([known.config] if folder is None and known.config else []),
-                 **({"revision": known.revision} if folder is None and known.revision else {}))  # fmt: skip
+    data = _from_hub(path, known.config, known.revision) if folder is None else _from_folder(path)
     wanted = {ours: theirs for ours, theirs in known.splits if theirs in data}
-    parts = {ours: data[theirs] for ours, theirs in wanted.items()}
-    parts["train"] = data["train"]
+    parts = {ours: _rows(data[theirs]) for ours, theirs in wanted.items()}
+    if "train" not in data:
+        raise SourceUnavailable(f"{path} has no split 'train' to train on")
+    parts["train"] = _rows(data["train"])
     if "test" not in parts:
         raise SourceUnavailable(f"{path} has no split {dict(known.splits)['test']!r} to measure on")
     if "validation" not in parts:
-        cut = parts["train"].train_test_split(0.05, seed=0)
-        parts |= {"train": cut["train"], "validation": cut["test"]}
+        parts["train"], parts["validation"] = _cut(parts["train"], 0.05)
     try:
         examples = {part: [e for row in parts[part] if (e := known.example(row)) is not None]
                     for part in PARTS}  # fmt: skip
     except KeyError as error:
         raise SourceUnavailable(f"{path} has no column {error} as {name} should have") from error
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        raise SourceUnavailable(f"{path} holds other values than {name} should: {error}") from error
     empty = [part for part in PARTS if not examples[part]]
     if empty:
         raise SourceUnavailable(f"{path} gives no example for {', '.join(empty)}")
@@ -121,65 +142,264 @@ def read_known(name: str, folder: str | Path | None = None) -> dict[str, list]:
 
 
 def read_text(
-    name: str, text_column: str = "text", config: str | None = None
+    name: str,
+    text_column: str = "text",
+    config: str | None = None,
+    encoding: str | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """Read documents from a file or a Hub data set; unsplit data is split 8 : 1 : 1.
+    """Read documents from a file, a folder or a Hub data set; splits that are missing are cut off.
 
     Parameters
     ----------
     name : str
-        A file that ends as in `FILES`, or a Hub id.
+        A file that ends as in `FILES`; a folder with such files named train, and validation and
+        test where there are any; or a Hub id. In a text file, empty lines set documents apart;
+        where there are none, each line is a document.
     text_column : str
+        The column that holds the documents. What is empty in it is left out.
     config : str, optional
+        Of a Hub data set.
+    encoding : str, optional
+        Of a file, as Python names it. Default: what its first bytes say, otherwise UTF-8.
+
+    Returns
+    -------
+    dict of str to tuple of str
+        "train", "validation" and "test". A missing one is a tenth of the training split.
 
     Raises
     ------
     ValueError
-        For a file of another kind, or a column that is not there.
+        For a file of another kind or encoding, or a column that is not there or holds no text.
     SourceUnavailable
-        If it cannot be read, or is too short to split.
+        If it cannot be read, is too short to split, or leaves a split empty.
     """
-    data = _load(name, config)
-    if text_column not in data["train"].column_names:
-        raise ValueError(
-            f"{name} has no column {text_column!r}: pass text_column, one of "
-            f"{', '.join(data['train'].column_names)}"
-        )
-    if not {"validation", "test"} <= set(data):
-        if len(data["train"]) < 10:
-            raise SourceUnavailable(f"{name} holds fewer than 10 documents: too few to split")
-        most, rest = data["train"].train_test_split(0.2, seed=0).values()
-        validation, test = rest.train_test_split(0.5, seed=0).values()
-        data = {"train": most, "validation": validation, "test": test}
-    return {
-        part: tuple(text for text in data[part][text_column] if text and text.strip())
-        for part in PARTS
-    }
-
-
-def _load(name: str, *config: str | None, **options):
-    """What `datasets.load_dataset` gives for a file, a folder of files, or a Hub id."""
-    with extra("language"):
-        from datasets import load_dataset
-
     path = Path(name)
     if path.is_dir():
-        found = {file.stem: str(file) for file in sorted(path.iterdir()) if file.suffix in FILES}
-        if "train" not in found:
-            raise SourceUnavailable(f"{name} holds no file train.csv, train.json, train.parquet")
-        return _read(name, load_dataset, FILES[Path(found["train"]).suffix], data_files=found)
-    if path.exists() and path.suffix not in FILES:
-        raise ValueError(f"{name}: the file must end in {', '.join(FILES)}")
-    if path.exists() and not path.stat().st_size:
-        raise SourceUnavailable(f"{name} is empty: give a file with text")
-    if path.exists():
-        options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-        return _read(name, load_dataset, FILES[path.suffix], data_files=str(path), **options)
-    return _read(name, load_dataset, name, *config, **options)
+        data = _from_folder(name, encoding)
+    elif path.exists():
+        data = {"train": _from_file(path, encoding)}
+    elif path.suffix.lower() in FILES or name.startswith((".", "/", "~")):
+        raise SourceUnavailable(f"there is no file {name}")
+    else:
+        data = _from_hub(name, config)
+    if "train" not in data:
+        raise SourceUnavailable(f"{name} has no split 'train', only {', '.join(data)}")
+    parts = {part: _texts(name, data[part], text_column) for part in PARTS if part in data}
+    parts = _split(name, parts)
+    if empty := [part for part in PARTS if not parts[part]]:
+        raise SourceUnavailable(
+            f"{name} leaves no text for {', '.join(empty)}: column {text_column!r} is empty there"
+        )
+    return {part: tuple(texts) for part, texts in parts.items()}
 
 
-def _read(name: str, load: Callable, *arguments: Any, **options: Any) -> Any:
+def _split(name: str, parts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Cut the splits that are missing off the training split, a tenth of it each."""
+    missing = [part for part in PARTS if part not in parts]
+    train = parts["train"]
+    if missing and len(train) < FEWEST:
+        raise SourceUnavailable(
+            f"{name} holds fewer than {FEWEST} documents ({len(train)}): too few to split. In a text "
+            "file, empty lines set documents apart, or line ends where there are no empty lines"
+        )
+    if len(missing) == 2:
+        train, rest = _cut(train, 0.2)
+        cut = dict(zip(missing, _cut(rest, 0.5), strict=True))
+    elif missing:
+        train, held_out = _cut(train, 0.1)
+        cut = {missing[0]: held_out}
+    else:
+        cut = {}
+    return parts | cut | {"train": train}
+
+
+def _cut(rows: Sequence, share: float) -> tuple[list, list]:
+    """Cut a random share off, the same every time."""
+    with extra("language"):
+        from datasets import Dataset
+
+    numbers = Dataset.from_dict({"row": list(range(len(rows)))})
+    return tuple([rows[row] for row in part["row"]]
+                 for part in numbers.train_test_split(share, seed=0).values())  # fmt: skip
+
+
+def _texts(name: str, table: Table, column: str) -> list[str]:
+    """The documents of a column, without those that are missing or blank."""
+    names = _columns(table)
+    chats = [chat for chat in CHATS if chat in names]
+    if chats and (column in chats or column not in names):
+        raise ValueError(
+            f"{name} holds chats (column {chats[0]!r}), and a language task reads plain text: write "
+            "each chat into a column 'text', for instance with "
+            f"tokenizer.apply_chat_template({chats[0]}, tokenize=False)"
+        )
+    if column not in names:
+        raise ValueError(
+            f"{name} has no column {column!r}: pass --text-column or text_column, one of "
+            f"{', '.join(names)}"
+        )
+    values = [value for value in table[column][:] if value is not None]
+    other = next((value for value in values if not isinstance(value, str)), None)
+    if other is not None:
+        fit = [n for n in names if any(isinstance(v, str) for v in table[n][:FEWEST])]
+        way = f"pass --text-column or text_column, one of {', '.join(fit)}" if fit else (
+            "it has no column of text")  # fmt: skip
+        raise ValueError(
+            f"column {column!r} of {name} holds {reprlib.repr(other)}, which is no text: {way}"
+        )
+    return [value for value in values if value.strip()]
+
+
+def _columns(table: Table) -> list[str]:
+    return list(getattr(table, "column_names", table))
+
+
+def _rows(table: Table) -> list[dict[str, Any]]:
+    names = _columns(table)
+    return [dict(zip(names, row, strict=True))
+            for row in zip(*(table[name][:] for name in names), strict=True)]  # fmt: skip
+
+
+def _from_folder(name: str, encoding: str | None = None) -> dict[str, Table]:
+    """Tables of the files of a folder that are named after splits."""
+    files = [file for file in sorted(Path(name).iterdir()) if file.suffix.lower() in FILES]
+    found = {part: [file for file in files if file.stem == part] for part in PARTS}
+    for part, named in found.items():
+        if len(named) > 1:
+            raise SourceUnavailable(
+                f"{name} holds {' and '.join(file.name for file in named)}: keep one of them as {part}"
+            )
+    if not found["train"]:
+        there = f", but {', '.join(file.name for file in files[:3])}" if files else ""
+        raise SourceUnavailable(
+            f"{name} holds no file train{FILES[0]}, train{FILES[1]}, ...{there}: name one of the files "
+            "train, or give a single file"
+        )
+    return {part: _from_file(named[0], encoding) for part, named in found.items() if named}
+
+
+def _from_file(path: Path, encoding: str | None = None) -> dict[str, list]:
+    """The columns of a file."""
+    kind = path.suffix.lower()
+    if kind not in FILES:
+        raise ValueError(f"{path}: the file must end in {', '.join(FILES)}")
+    if not path.stat().st_size:
+        raise SourceUnavailable(f"{path} is empty: give a file with text")
+    if kind == ".parquet":
+        if encoding is not None:
+            raise ValueError(f"{path}: Parquet files say themselves how they are encoded")
+        with _said(path), extra("language"):
+            from pyarrow import parquet
+
+            return parquet.ParquetFile(path).read().to_pydict()
+    text = _decoded(path, encoding)
+    if not text.strip():
+        raise SourceUnavailable(f"{path} is empty: give a file with text")
+    if kind == ".txt":
+        return {"text": _documents(text)}
+    if kind == ".csv":
+        with _said(path), extra("language"):
+            import pandas as pd
+
+            frame = pd.read_csv(io.StringIO(text), low_memory=False)
+        frame = frame.astype(object).where(frame.notna(), None)
+        return {str(column): frame[column].tolist() for column in frame}
+    rows = _objects(path, text)
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain(*rows))}
+
+
+def _decoded(path: Path, encoding: str | None) -> str:
+    """The text of a file, its line ends as newlines."""
+    content = path.read_bytes()
+    said = next((codec for mark, codec in MARKS if content.startswith(mark)), "utf-8")
     try:
-        return load(*arguments, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SourceUnavailable(f"{name} could not be read: {error}") from error
+        text = content.decode(encoding or said)
+    except LookupError:
+        raise ValueError(
+            f"encoding {encoding!r} is unknown: write utf-8, latin-1, cp1252 or utf-16"
+        ) from None
+    except UnicodeError as error:
+        if b"\0" in content[:4096] and said == "utf-8":
+            raise _binary(path) from None
+        raise ValueError(
+            f"{path} is no text in {encoding or said} ({error}): pass --encoding or encoding, such as "
+            "latin-1"
+        ) from None
+    if "\0" in text:
+        raise _binary(path)
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _binary(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} holds zero bytes: it is no text, or text in UTF-16 (then pass --encoding or encoding, "
+        "utf-16)"
+    )
+
+
+def _documents(text: str) -> list[str]:
+    """What empty lines set apart; in a text without any, its lines."""
+    parts = [part for part in re.split(r"\n[^\S\n]*\n", text) if part.strip()]
+    return parts if len(parts) > 1 else [line for line in text.split("\n") if line.strip()]
+
+
+def _objects(path: Path, text: str) -> list[dict[str, Any]]:
+    """The objects of a JSON file: a list of them, or one on each line."""
+    whole = text.lstrip().startswith("[")
+    number, rows = 1, []
+    try:
+        for number, part in enumerate([text] if whole else text.split("\n"), 1):  # noqa: B007
+            if part.strip():
+                rows.append(json.loads(part))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: line {number + error.lineno - 1} is no JSON ({error.msg}): write one object a "
+            "line, or a list of objects"
+        ) from None
+    rows = rows[0] if whole else rows
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f'{path} holds no objects with named columns, such as {{"text": "..."}}')
+    return rows
+
+
+def _from_hub(name: str, config: str | None = None, revision: str | None = None) -> Any:
+    """What `datasets.load_dataset` gives; without a network, what it kept from an earlier time."""
+    with extra("language"):
+        import datasets
+
+    options = {} if revision is None else {"revision": revision}
+    with _offline_unless_reachable(name), _said(name):
+        return datasets.load_dataset(name, *([config] if config else []), **options)
+
+
+@contextmanager
+def _offline_unless_reachable(name: str) -> Iterator[None]:
+    """Ask the Hub once, for five seconds: `datasets` alone asks for half a minute."""
+    import datasets
+    from huggingface_hub import dataset_info
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    before = datasets.config.HF_HUB_OFFLINE
+    try:
+        dataset_info(name, timeout=5)
+    except (HfHubHTTPError, HFValidationError):
+        pass  # the Hub answered; what it said, load_dataset will say better
+    except Exception:  # of whichever library it asks with
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _said(name: str | Path) -> Iterator[None]:
+    """Turn an error of a library that reads files into one line of ours."""
+    try:
+        yield
+    except MissingExtra:
+        raise
+    except Exception as error:  # they have many kinds, not all of them of a common class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceUnavailable(f"{name} could not be read: {reason}") from error

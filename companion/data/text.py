@@ -5,6 +5,7 @@ Built in chapter 8.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from companion.errors import SourceUnavailable, UnsupportedModel
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 CHOICES = 4  # ways to go on that a question of the cloze task offers
+BLOCK = 256  # tokens in a row, where the model takes so many
 
 
 class Rows(Dataset):
@@ -138,8 +140,68 @@ def start_token(tokenizer) -> int:
     )
 
 
+def with_padding(tokenizer):
+    """Return the tokenizer, or where it has no padding token, a copy that pads by its end token.
+
+    What is padded is masked, so the token itself never counts. Tokenizers of GPT-2 and Llama
+    come without one.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        Left as it is.
+
+    Raises
+    ------
+    UnsupportedModel
+        If it has no special token at all.
+    """
+    if tokenizer.pad_token_id is not None:
+        return tokenizer
+    token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+    if token is None:
+        raise UnsupportedModel(
+            "the tokenizer has no token to pad with: name one of its own, tokenizer.pad_token = ..."
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = token
+    return tokenizer
+
+
+def block_length(tokenizer, block_size: int | None = None) -> int:
+    """Return how many tokens go into a row: 256, or as many as the tokenizer's model takes.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        Its ``model_max_length`` is the most that a model takes.
+    block_size : int, optional
+        A number of your own.
+
+    Raises
+    ------
+    ValueError
+        If the model does not take so many, or the number is below 2: nothing would be predicted.
+    """
+    most = tokenizer.model_max_length
+    if block_size is None:
+        return int(min(BLOCK, most))
+    if block_size < 2:
+        raise ValueError(f"block_size {block_size} predicts no token: it must be at least 2")
+    if block_size > most:
+        raise ValueError(
+            f"blocks of {block_size} tokens do not fit a model that takes {most}: block_size can "
+            f"be at most {most}"
+        )
+    return block_size
+
+
 def loaders(
-    splits: Sequence[Sequence[str]], tokenizer, *, block_size: int = 256, batch_size: int = 8
+    splits: Sequence[Sequence[str]],
+    tokenizer,
+    *,
+    block_size: int | None = None,
+    batch_size: int = 8,
 ) -> tuple[DataLoader, DataLoader, DataLoader]:
     """Return loaders for training (shuffled blocks), validation and test (windows).
 
@@ -149,12 +211,12 @@ def loaders(
         Documents for training, validation and test.
     tokenizer : PreTrainedTokenizerFast
         Its beginning-of-text (or end-of-text) token starts each document.
-    block_size : int
-        Tokens in a row.
+    block_size : int, optional
+        Tokens in a row. Default: 256, or fewer where the tokenizer's model takes fewer.
     batch_size : int
         Rows in a batch.
     """
-    start = start_token(tokenizer)
+    start, block_size = start_token(tokenizer), block_length(tokenizer, block_size)
     train, validation, test = (encode(split, tokenizer) for split in splits)
     return (
         DataLoader(blocks(train, start, block_size), batch_size, shuffle=True),

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion.data.text import IGNORED, Trigram, blocks, windows
+from companion.data.text import IGNORED, Trigram, block_length, blocks, loaders, windows
 from companion.errors import SourceUnavailable
+from tests import tiny
 
 documents = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=20), min_size=1, max_size=5)
 
@@ -38,6 +39,18 @@ def test_blocks_are_the_stream_cut(docs, size):
 def test_too_little_text_is_an_error():
     with pytest.raises(SourceUnavailable, match="3 tokens do not fill one block of 8"):
         blocks([[1, 2]], 0, 8)
+
+
+def test_blocks_follow_what_the_model_takes():
+    tokenizer = tiny.byte_level(model_max_length=12)
+    parts = loaders([tiny.TEXTS] * 3, tokenizer, batch_size=2)
+    assert [next(iter(part))["input_ids"].shape[1] for part in parts] == [12, 12, 12]
+    assert block_length(tokenizer, 5) == 5
+    assert block_length(tiny.byte_level(model_max_length=10**30)) == 256
+    with pytest.raises(ValueError, match="blocks of 13 tokens do not fit a model that takes 12"):
+        block_length(tokenizer, 13)
+    with pytest.raises(ValueError, match="at least 2"):
+        block_length(tokenizer, 1)
 
 
 def brute_force(documents, grams, v):
