@@ -19,7 +19,7 @@
 # *Running time: under a minute on two cores; the very first run adds the half minute in which
 # the stand-in model is pre-trained and cached.*
 
-# %%
+# %% tags=["hide-input"]
 import copy
 import textwrap
 import warnings
@@ -41,7 +41,8 @@ from companion.course.check import check
 from companion.course.figures import curves
 from companion.errors import NothingToTrain
 
-warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
+# upstream announces removal at every call; chapter 5 says more
+warnings.filterwarnings("ignore")
 
 # %% [markdown]
 # The recipe promises {term}`quantization-aware training`: {term}`fine-tuning` in which the model
@@ -59,9 +60,12 @@ warnings.filterwarnings("ignore")  # upstream announces removal at every call; c
 # %%
 task = load_task("digits-5-9", batch_size=25)
 # weights="auto" takes ImageNet weights where a network allows
-model = load_pretrained("resnet18", classes=5, weights="digits", quantizable=False)
+model = load_pretrained(
+    "resnet18", classes=5, weights="digits", quantizable=False
+)
 print(model.provenance)
-print("images to train on:", len(task.train.dataset), "- to test on:", len(task.test.dataset))
+train, test = task.train.dataset, task.test.dataset
+print("images to train on:", len(train), "- to test on:", len(test))
 
 # %% [markdown]
 # ## Step 2: `quantize_dynamic`
@@ -87,7 +91,9 @@ class QuantWrapper(nn.Module):
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.quant, self.model, self.dequant = QuantStub(), inner, DeQuantStub()
+        self.quant = QuantStub()
+        self.model = inner
+        self.dequant = DeQuantStub()
 
     def forward(self, images):  # (batch, 3, 32, 32) -> (batch, 5)
         return self.dequant(self.model(self.quant(images)))
@@ -156,14 +162,16 @@ print(f"convolutions still float: {after} of {before}")
 # %%
 table = get_default_dynamic_quant_module_mappings()
 for kind in (nn.Conv2d, nn.Linear):
-    print(f"{kind.__name__}: {'has a' if kind in table else 'no'} dynamic version")
+    has = "has a" if kind in table else "no"
+    print(f"{kind.__name__}: {has} dynamic version")
 
 # %% [markdown]
 # **Did training feel the integers?** {term}`Fake quantization` is a module that rounds while the
 # model trains {cite}`jacob2018`. Without such modules no weight meets a rounding.
 
 # %%
-print("fake-quant modules:", sum("FakeQuant" in type(m).__name__ for m in wrapped.modules()))
+fakes = sum("FakeQuant" in type(m).__name__ for m in wrapped.modules())
+print("fake-quant modules:", fakes)
 
 # %% [markdown]
 # Stubs are marks for a later call, `prepare_qat`, which puts fake quantization in their place.
@@ -172,8 +180,9 @@ print("fake-quant modules:", sum("FakeQuant" in type(m).__name__ for m in wrappe
 # **Did the file shrink?**
 
 # %%
-print(f"{model_bytes(model) / 1e6:.2f} MB before, {model_bytes(quantized) / 1e6:.2f} MB after")
-print("same to the byte:", model_bytes(model) == model_bytes(quantized))
+size, new_size = model_bytes(model), model_bytes(quantized)
+print(f"{size / 1e6:.2f} MB before, {new_size / 1e6:.2f} MB after")
+print("same to the byte:", size == new_size)
 
 # %% [markdown]
 # **Did the output change?** Rounding that leaves every last bit of the output in place is not
@@ -183,7 +192,8 @@ print("same to the byte:", model_bytes(model) == model_bytes(quantized))
 images, labels = next(iter(task.test))  # (100, 3, 32, 32), (100,)
 bare = QuantWrapper(quantize_dynamic(model, {nn.Conv2d}, dtype=torch.qint8))
 with torch.no_grad():
-    print("same output, bit for bit:", torch.equal(bare.eval()(images), model.eval()(images)))
+    same = torch.equal(bare.eval()(images), model.eval()(images))
+print("same output, bit for bit:", same)
 
 # %% [markdown]
 # **Did the parameters receive a gradient?** They did, all of them, and that explains the good
@@ -191,7 +201,8 @@ with torch.no_grad():
 
 # %%
 parameters = list(wrapped.parameters())
-print(f"received a gradient: {sum(p.grad is not None for p in parameters)} of {len(parameters)}")
+got = sum(p.grad is not None for p in parameters)
+print(f"received a gradient: {got} of {len(parameters)}")
 
 # %% [markdown]
 # Put together: a float model was fine-tuned, in float, and stayed float. If that is all that
@@ -204,7 +215,8 @@ plain = copy.deepcopy(model)
 sgd = partial(torch.optim.SGD, lr=0.001, momentum=0.9)
 _ = fit(plain, task.train, steps=120, optimizer=sgd, schedule="constant")
 pairs = zip(plain.parameters(), wrapped.parameters(), strict=True)
-print("same trained weights without the recipe:", all(torch.equal(a, b) for a, b in pairs))
+same = all(torch.equal(a, b) for a, b in pairs)
+print("same trained weights without the recipe:", same)
 
 # %% [markdown]
 # Bit for bit. Steps 2 and 3 could be deleted and nobody would notice.
@@ -234,14 +246,17 @@ torch.manual_seed(0)
 batch = next(iter(task.train))  # (25, 3, 32, 32), (25,)
 
 # %% tags=["nbval-ignore-output"]
-repaired = QuantWrapper(quantize_dynamic(model, {nn.Conv2d, nn.Linear}, dtype=torch.qint8))
+repaired = QuantWrapper(
+    quantize_dynamic(model, {nn.Conv2d, nn.Linear}, dtype=torch.qint8)
+)
 three = losses_on_one_batch(repaired, steps=3)
 print("loss:", ", ".join(f"{loss:.7f}" for loss in three))
 
 # %%
 parameters = list(repaired.parameters())
 print("all three losses equal:", len(set(three)) == 1)
-print(f"received a gradient: {sum(p.grad is not None for p in parameters)} of {len(parameters)}")
+got = sum(p.grad is not None for p in parameters)
+print(f"received a gradient: {got} of {len(parameters)}")
 
 # %% [markdown]
 # The classifier is now one integer operation, and PyTorch has no derivative for it, so
@@ -250,8 +265,10 @@ print(f"received a gradient: {sum(p.grad is not None for p in parameters)} of {l
 # optimizer's sight.
 
 # %%
-print("now:", type(repaired.model.fc).__module__, "-", type(repaired.model.fc).__name__)
-print("its parameters:", list(repaired.model.fc.parameters()))
+classifier = repaired.model.fc
+kind = type(classifier)
+print("now:", kind.__module__, "-", kind.__name__)
+print("its parameters:", list(classifier.parameters()))
 
 # %% [markdown]
 # Nothing is raised. There is one warning, which a first cell like ours hides; here it is.
@@ -267,7 +284,7 @@ print(len(said), "warning:", said[0].partition(" to the")[0])
 # On the same batch, the recipe to the letter learns (as a float model) and the repair stands
 # still.
 
-# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "Training loss on one batch over ten optimizer steps. The recipe to the letter falls towards zero; its repair is a horizontal line at the starting value."}}
+# %% tags=["hide-input", "nbval-ignore-output"] mystnb={"image": {"alt": "Training loss on one batch over ten optimizer steps. The recipe to the letter falls towards zero; its repair is a horizontal line at the starting value."}}
 learning = losses_on_one_batch(bare, steps=11)
 standing = losses_on_one_batch(repaired, steps=11)
 lines = {"to the letter": learning, "with the repair": standing}
@@ -282,7 +299,8 @@ curves(
 # other nothing.
 
 # %%
-print("to the letter, falls by over a tenth:", learning[-1] < 0.9 * learning[0])
+falls = learning[-1] < 0.9 * learning[0]
+print("to the letter, falls by over a tenth:", falls)
 print("with the repair, stays where it was:", len(set(standing)) == 1)
 
 # %% [markdown]
@@ -294,7 +312,7 @@ try:
     fit(repaired, task.train, steps=120, optimizer=sgd, schedule="constant")
 except NothingToTrain as error:
     print("NothingToTrain:")
-    print(textwrap.fill(str(error), 90))
+    print(textwrap.fill(str(error), 76))
 
 # %% [markdown]
 # ### What the repair saves
@@ -305,10 +323,16 @@ except NothingToTrain as error:
 
 # %%
 big = torchvision.models.resnet18(weights=None)  # untrained, 1000 outputs
-for label, kinds in {"to the letter": {nn.Conv2d}, "repaired": {nn.Conv2d, nn.Linear}}.items():
+asked = {
+    "to the letter": {nn.Conv2d},
+    "repaired": {nn.Conv2d, nn.Linear},
+}
+for label, kinds in asked.items():
     small = quantize_dynamic(big, kinds, dtype=torch.qint8)
-    print(f"{label}: {model_bytes(big) / 1e6:.2f} -> {model_bytes(small) / 1e6:.2f} MB")
-share = sum(p.numel() for p in big.fc.parameters()) / sum(p.numel() for p in big.parameters())
+    before, after = model_bytes(big) / 1e6, model_bytes(small) / 1e6
+    print(f"{label}: {before:.2f} -> {after:.2f} MB")
+linear = sum(p.numel() for p in big.fc.parameters())
+share = linear / sum(p.numel() for p in big.parameters())
 print(f"share of the parameters in the linear layer: {100 * share:.1f} %")
 
 # %% [markdown]
@@ -322,12 +346,16 @@ print(f"share of the parameters in the linear layer: {100 * share:.1f} %")
 # can be quantized. Chapters 5 and 6 build it; for now the same checks:
 
 # %%
-prepared = companion.QuantWrapper(load_pretrained("resnet18", classes=5, weights="digits"))
+prepared = companion.QuantWrapper(
+    load_pretrained("resnet18", classes=5, weights="digits")
+)
 prepared.prepare_qat()
-print("fake-quant modules:", sum("FakeQuant" in type(m).__name__ for m in prepared.modules()))
+fakes = sum("FakeQuant" in type(m).__name__ for m in prepared.modules())
+print("fake-quant modules:", fakes)
 trained = losses_on_one_batch(prepared, steps=3)
 parameters = list(prepared.parameters())
-print(f"received a gradient: {sum(p.grad is not None for p in parameters)} of {len(parameters)}")
+got = sum(p.grad is not None for p in parameters)
+print(f"received a gradient: {got} of {len(parameters)}")
 print("loss falls:", trained[2] < trained[0])
 
 # %% [markdown]
@@ -397,7 +425,9 @@ check("ch01-gradients", reached)
 
 # %% tags=["hide-cell"]
 def reached(model):
-    return sum(parameter.grad is not None for parameter in model.parameters())
+    return sum(
+        parameter.grad is not None for parameter in model.parameters()
+    )
 
 
 check("ch01-gradients", reached)

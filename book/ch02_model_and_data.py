@@ -18,7 +18,7 @@
 # *Running time: about a minute on two cores. If no chapter has run before, the stand-in is
 # pre-trained first, once.*
 
-# %%
+# %% tags=["hide-input"]
 import tempfile
 from contextlib import suppress
 from functools import partial
@@ -62,7 +62,8 @@ from companion.evaluation.estimates import paired, predict, proportion
 
 # %%
 scans = load_digits()
-print("shape:", scans.images.shape, "  ink:", scans.images.min(), "to", scans.images.max())
+ink = scans.images
+print("shape:", ink.shape, "  ink:", ink.min(), "to", ink.max())
 print("images of each digit:", np.bincount(scans.target).tolist())
 
 # %% [markdown]
@@ -73,9 +74,9 @@ print("images of each digit:", np.bincount(scans.target).tolist())
 # %%
 def enlarge(scans):
     """Turn scans of shape (n, 8, 8) into images of shape (n, 3, 32, 32)."""
-    pictures = torch.tensor(scans, dtype=torch.float32)[:, None] / 8 - 1  # (n, 1, 8, 8)
-    pictures = F.interpolate(pictures, size=(32, 32), mode="bilinear")  # (n, 1, 32, 32)
-    return pictures.repeat(1, 3, 1, 1)
+    ink = torch.tensor(scans, dtype=torch.float32)[:, None]  # (n, 1, 8, 8)
+    smooth = F.interpolate(ink / 8 - 1, size=(32, 32), mode="bilinear")
+    return smooth.repeat(1, 3, 1, 1)
 
 
 # %% [markdown]
@@ -85,7 +86,8 @@ def enlarge(scans):
 # fixed seed, and cut into three parts.
 
 # %%
-order = np.random.RandomState(0).permutation(np.flatnonzero(scans.target >= 5))
+late_digits = np.flatnonzero(scans.target >= 5)
+order = np.random.RandomState(0).permutation(late_digits)
 pictures = enlarge(scans.images[order])  # (n, 3, 32, 32)
 labels = torch.tensor(scans.target[order] - 5)  # (n,), 0 to 4
 n = len(order)
@@ -98,17 +100,20 @@ print(n, "=", len(validation), "+", len(pool), "+", len(test))
 
 # %%
 task = load_task("digits-5-9", batch_size=25)
-x_validation, y_validation = next(iter(task.validation))  # (100, 3, 32, 32), (100,)
+x_validation, y_validation = next(iter(task.validation))  # 100 images
 chosen = torch.as_tensor(task.train.dataset.indices)  # (100,)
-print("same validation images:", torch.equal(x_validation, pictures[:100]))
-print("same validation labels:", torch.equal(y_validation, labels[:100]))
+ours = [
+    torch.equal(x_validation, pictures[:100]),
+    torch.equal(y_validation, labels[:100]),
+    set(chosen.tolist()) <= set(pool),
+]
+print("✓" if all(ours) else "✗", "the split that we made by hand")
 print("training images per class:", torch.bincount(labels[chosen]).tolist())
-print("all from the pool:", set(chosen.tolist()) <= set(pool))
 
 # %% [markdown]
 # One scan as it comes, then the first training image of each class:
 
-# %% mystnb={"image": {"alt": "A blocky scan of 8 by 8 grey squares beside five smooth, enlarged images of the handwritten digits 5, 6, 7, 8 and 9."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A blocky scan of 8 by 8 grey squares beside five smooth, enlarged images of the handwritten digits 5, 6, 7, 8 and 9."}}
 firsts = chosen[::20]
 row = [scans.images[order[firsts[0]]], *pictures[firsts, 0].numpy()]
 images(row, ["scan", *task.classes])
@@ -129,9 +134,13 @@ def as_bytes(loader):
     return {x.numpy().tobytes() for x, _ in loader.dataset}
 
 
-parts = {name: as_bytes(getattr(task, name)) for name in ("train", "validation", "test")}
+parts = {
+    name: as_bytes(getattr(task, name))
+    for name in ("train", "validation", "test")
+}
 parts["pre-training"] = as_bytes(load_task("digits-0-4").train)
-print("different images:", {name: len(part) for name, part in parts.items()})
+counted = [f"{name} {len(part)}" for name, part in parts.items()]
+print("different images:", ", ".join(counted))
 for a, b in combinations(parts, 2):
     print(f"in both {a} and {b}: {len(parts[a] & parts[b])}")
 
@@ -156,7 +165,8 @@ print(model.provenance)
 # %%
 weights = ResNet18_Weights.DEFAULT
 print(weights)
-print(f"{weights.meta['num_params']:,} parameters, in", weights.url.rpartition("/")[2])
+file = weights.url.rpartition("/")[2]
+print(f"{weights.meta['num_params']:,} parameters, in {file}")
 
 # %% [markdown]
 # The enum names one set of weights for good, knows the preprocessing they expect, and the hex
@@ -174,9 +184,15 @@ again = load_pretrained("resnet18", classes=5, weights="digits")
 scratch = new_resnet18(5)  # nothing pre-trained
 classifier = {"fc.weight", "fc.bias"}
 for name, weight in model.named_parameters():
-    assert torch.equal(weight, again.get_parameter(name))  # loading twice gives the same
-changed = {n for n, w in model.named_parameters() if not torch.equal(w, scratch.get_parameter(n))}
-print(len(changed - classifier), "pre-trained tensors, and", len(classifier), "fresh ones")
+    # loading twice gives the same
+    assert torch.equal(weight, again.get_parameter(name))
+changed = {
+    n
+    for n, w in model.named_parameters()
+    if not torch.equal(w, scratch.get_parameter(n))
+}
+kept, fresh = len(changed - classifier), len(classifier)
+print(f"{kept} pre-trained tensors, and {fresh} fresh ones")
 
 # %% [markdown]
 # ### A tour of its shapes
@@ -188,7 +204,8 @@ print(len(changed - classifier), "pre-trained tensors, and", len(classifier), "f
 model.eval()
 with torch.no_grad():
     h = x_validation[:25]
-    for name, part in list(model.named_children())[:-2]:  # the last two are stubs: chapter 5
+    # the last two are stubs: chapter 5
+    for name, part in list(model.named_children())[:-2]:
         h = part(h.flatten(1) if name == "fc" else h)
         print(f"{name:8s} {tuple(h.shape)}")
     print("that is all it does:", torch.equal(h, model(x_validation[:25])))
@@ -197,7 +214,11 @@ with torch.no_grad():
 # Where do its parameters sit? The next chapter turns on this table.
 
 # %%
-kinds = {"convolution": nn.Conv2d, "batch norm": nn.BatchNorm2d, "linear": nn.Linear}
+kinds = {
+    "convolution": nn.Conv2d,
+    "batch norm": nn.BatchNorm2d,
+    "linear": nn.Linear,
+}
 total = sum(p.numel() for p in model.parameters())
 for name, kind in kinds.items():
     layers = [m for m in model.modules() if isinstance(m, kind)]
@@ -242,8 +263,10 @@ def tiny(seed=0):
 by_hand, by_fit = tiny(), tiny()
 print("batches per pass:", len(task.train))
 train(by_hand, task.train, passes=2)
-history = fit(by_fit, task.train, steps=8, optimizer=sgd, schedule="constant", clip_norm=None)
-print("same weights, bit for bit:", torch.equal(by_hand[1].weight, by_fit[1].weight))
+plainly = {"optimizer": sgd, "schedule": "constant", "clip_norm": None}
+history = fit(by_fit, task.train, steps=8, **plainly)
+same = torch.equal(by_hand[1].weight, by_fit[1].weight)
+print("same weights, bit for bit:", same)
 print("losses recorded:", len(history.loss))
 
 # %% [markdown]
@@ -278,7 +301,8 @@ print("left behind:", [path.name for path in Path(folder.name).iterdir()])
 # that runs.
 
 # %%
-with safe_open(Path(folder.name, "checkpoint.safetensors"), framework="pt") as file:
+path = Path(folder.name, "checkpoint.safetensors")
+with safe_open(path, framework="pt") as file:
     for name in sorted(file.keys()):
         print(name, tuple(file.get_slice(name).get_shape()))
 
@@ -290,8 +314,10 @@ with safe_open(Path(folder.name, "checkpoint.safetensors"), framework="pt") as f
 resumed, uninterrupted = tiny(seed=1), tiny()
 late = fit(resumed, task.train, resume=True, **options, **keep)
 whole = fit(uninterrupted, task.train, **options)
-print("same weights, bit for bit:", torch.equal(resumed[1].weight, uninterrupted[1].weight))
-print("same losses:", late.loss == whole.loss, "over", len(late.loss), "steps")
+same = torch.equal(resumed[1].weight, uninterrupted[1].weight)
+print("same weights, bit for bit:", same)
+same = late.loss == whole.loss
+print("same losses:", same, "over", len(late.loss), "steps")
 folder.cleanup()
 
 # %% [markdown]
@@ -310,13 +336,13 @@ folder.cleanup()
 def run(start, lr=0.001):
     """Train a model for 120 steps, and return its losses."""
     sgd = partial(torch.optim.SGD, lr=lr, momentum=0.9)
-    history = fit(start, task.train, steps=120, optimizer=sgd, schedule="constant")
-    return history.loss
+    how = {"steps": 120, "optimizer": sgd, "schedule": "constant"}
+    return fit(start, task.train, **how).loss
 
 
 loss = {"pre-trained": run(model), "from scratch": run(scratch)}
 
-# %% mystnb={"image": {"alt": "Training loss over 120 steps for two starts. Both fall from about the same height and are entangled at first; later the line from pre-trained weights lies well below the line from scratch."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Training loss over 120 steps for two starts. Both fall from about the same height and are entangled at first; later the line from pre-trained weights lies well below the line from scratch."}}
 curves(loss, xlabel="step", ylabel="training loss")
 
 # %% [markdown]
@@ -342,7 +368,8 @@ glue("ch02-scratch", proportion(fresh == truth).value, display=False)
 
 # %%
 ends = {start: np.mean(losses[-20:]) for start, losses in loss.items()}
-print("lower training loss in the last 20 steps:", ends["pre-trained"] < ends["from scratch"])
+lower = ends["pre-trained"] < ends["from scratch"]
+print("lower training loss in the last 20 steps:", lower)
 print("fine-tuned above from scratch:", low_rate.difference.low > 0)
 
 # %% [markdown]
@@ -362,13 +389,17 @@ fast = {
     "pre-trained": load_pretrained("resnet18", classes=5, weights="digits"),
     "from scratch": new_resnet18(5),
 }
-fast_loss = {start: run(candidate, lr=0.02) for start, candidate in fast.items()}
+fast_loss = {
+    start: run(candidate, lr=0.02) for start, candidate in fast.items()
+}
 
 # %% tags=["nbval-ignore-output"]
 choice = {}
 for start in slow:
-    by_rate = {0.001: accuracy(slow[start], task.validation),
-               0.02: accuracy(fast[start], task.validation)}  # fmt: skip
+    by_rate = {
+        0.001: accuracy(slow[start], task.validation),
+        0.02: accuracy(fast[start], task.validation),
+    }
     choice[start] = max(by_rate, key=lambda rate: by_rate[rate].value)
     for rate, estimate in by_rate.items():
         print(f"{start:12s} at {rate:5.3f}, validation: {estimate}")
@@ -383,12 +414,14 @@ print("both choose the larger rate:", set(choice.values()) == {0.02})
 tuned_fast, _ = predict(fast["pre-trained"], task.test)
 fresh_fast, _ = predict(fast["from scratch"], task.test)
 high_rate = paired(tuned_fast, fresh_fast, truth)
-crossed = paired(fresh_fast, tuned, truth)  # from scratch at 0.02, fine-tuned at 0.001
+# from scratch at 0.02, fine-tuned at 0.001
+crossed = paired(fresh_fast, tuned, truth)
 print("pre-trained: ", proportion(tuned_fast == truth))
 print("from scratch:", proportion(fresh_fast == truth))
 print("difference:  ", high_rate.difference)
-glue("ch02-tuned-fast", proportion(tuned_fast == truth).value, display=False)
-glue("ch02-scratch-fast", proportion(fresh_fast == truth).value, display=False)
+for name, got in (("tuned", tuned_fast), ("scratch", fresh_fast)):
+    share = proportion(got == truth).value
+    glue(f"ch02-{name}-fast", share, display=False)
 
 # %% [markdown]
 # These margins were not fixed in the dark. Trial runs had shown that from scratch catches up, and
@@ -398,7 +431,8 @@ glue("ch02-scratch-fast", proportion(fresh_fast == truth).value, display=False)
 
 # %%
 print("fine-tuning has no clear lead:", high_rate.difference.low <= 0)
-print("from scratch at 0.02 above fine-tuned at 0.001:", crossed.difference.low > 0)
+ahead = crossed.difference.low > 0
+print("from scratch at 0.02 above fine-tuned at 0.001:", ahead)
 
 # %% [markdown]
 # Here it is {glue:text}`ch02-tuned-fast:.3f` against {glue:text}`ch02-scratch-fast:.3f`. On these
@@ -439,10 +473,12 @@ check("ch02-split", first_of_each)
 
 # %% tags=["hide-cell"]
 def first_of_each(labels, k):
-    return torch.cat([(labels == c).nonzero()[:k, 0] for c in labels.unique()])
+    places = [(labels == c).nonzero()[:k, 0] for c in labels.unique()]
+    return torch.cat(places)
 
 
-print("as in the task:", torch.equal(first_of_each(labels[list(pool)], 20) + pool[0], chosen))
+ours = first_of_each(labels[list(pool)], 20) + pool[0]
+print("as in the task:", torch.equal(ours, chosen))
 check("ch02-split", first_of_each)
 
 # %% [markdown]

@@ -18,7 +18,8 @@
 #
 # *Running time: under a minute on two cores.*
 
-# %%
+# %% tags=["hide-input"]
+import textwrap
 import warnings
 from collections import Counter
 
@@ -35,7 +36,8 @@ from companion.course.check import check
 from companion.course.figures import bars
 from companion.errors import NothingToTrain
 
-warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
+# upstream announces removal at every call; chapter 5 says more
+warnings.filterwarnings("ignore")
 generator = torch.Generator().manual_seed(0)
 
 # %% [markdown]
@@ -53,10 +55,11 @@ generator = torch.Generator().manual_seed(0)
 # %%
 layer = nn.Linear(64, 32)
 with torch.no_grad():
-    layer.weight.copy_(torch.randn(32, 64, generator=generator))  # (out, in)
+    layer.weight.copy_(torch.randn(32, 64, generator=generator))  # out, in
     layer.bias.zero_()
-scale = layer.weight.detach().abs().max() / (255 / 2)
-by_hand = torch.clamp(torch.round(layer.weight.detach() * (1 / scale)), -128, 127)
+weight = layer.weight.detach()
+scale = weight.abs().max() / (255 / 2)
+by_hand = torch.clamp(torch.round(weight * (1 / scale)), -128, 127)
 print(by_hand[0, :6].int().tolist())
 
 # %% [markdown]
@@ -119,8 +122,11 @@ print("two products with inputs up to 127:", 2 * 127 * 128)
 
 
 # %%
-def serve(x, top=255 if torch.backends.quantized.engine == "qnnpack" else 127):
-    """What the served layer computes for x of shape (batch, in); qnnpack is ARM's engine."""
+on_arm = torch.backends.quantized.engine == "qnnpack"
+
+
+def serve(x, top=255 if on_arm else 127):
+    """What the served layer computes for x of shape (batch, in)."""
     low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
     step = (high - low) / top
     zero = round(-low / step)
@@ -138,10 +144,13 @@ print("by hand = upstream, to five digits:", error(serve(x), served) < 1e-5)
 
 # %%
 with torch.no_grad():
-    float_alone = torch.cat([layer(row[None]) for row in x])  # one call per row
+    # one call per row
+    float_alone = torch.cat([layer(row[None]) for row in x])
     alone = torch.cat([dynamic(row[None]) for row in x])
-print("float:  alone = in the batch, to five digits:", error(float_alone, exact) < 1e-5)
-print("served: alone = in the batch, to five digits:", error(alone, served) < 1e-5)
+same_float = error(float_alone, exact) < 1e-5
+same_served = error(alone, served) < 1e-5
+print("float:  alone = in the batch, to five digits:", same_float)
+print("served: alone = in the batch, to five digits:", same_served)
 print(f"served: distance of the two: {error(alone, served):.3f}")
 
 # %% [markdown]
@@ -153,8 +162,9 @@ loud = x.clone()
 loud[0] *= 30
 with torch.no_grad():
     neighbours = dynamic(loud)[1:]
-print(f"error of rows 1 to 15 beside an ordinary row 0: {error(served[1:], exact[1:]):.3f}")
-print(f"error of rows 1 to 15 beside a loud row 0:      {error(neighbours, exact[1:]):.3f}")
+quiet, beside = error(served[1:], exact[1:]), error(neighbours, exact[1:])
+print(f"error of rows 1 to 15 beside an ordinary row 0: {quiet:.3f}")
+print(f"error of rows 1 to 15 beside a loud row 0:      {beside:.3f}")
 
 # %% [markdown]
 # Large language models do have such loud values {cite}`dettmers2022`; a scale for every row of
@@ -167,8 +177,13 @@ print(f"error of rows 1 to 15 beside a loud row 0:      {error(neighbours, exact
 # ordinary layers.
 
 # %%
-table = get_default_dynamic_quant_module_mappings()  # float class -> quantized class
-ordinary = sorted(kind.__name__ for kind in table if kind.__module__.startswith("torch.nn"))
+# float class -> quantized class
+table = get_default_dynamic_quant_module_mappings()
+ordinary = sorted(
+    kind.__name__
+    for kind in table
+    if kind.__module__.startswith("torch.nn")
+)
 print(*ordinary, sep="\n")
 print("Conv2d on the list:", nn.Conv2d in table)
 
@@ -183,12 +198,13 @@ print("Conv2d on the list:", nn.Conv2d in table)
 
 # %%
 def what_changed(before, after):
-    """Count the layers that hold weights, and say which of them became another class."""
+    """Count layers with weights, by whether their class changed."""
     fates = Counter()
     for name, layer in before.named_modules():
         if list(layer.parameters(recurse=False)):  # weights of its own
-            swapped = type(after.get_submodule(name)) is not type(layer)
-            fates[type(layer).__name__, "swapped" if swapped else "unchanged"] += 1
+            same = type(after.get_submodule(name)) is type(layer)
+            fate = "unchanged" if same else "swapped"
+            fates[type(layer).__name__, fate] += 1
     for (kind, fate), count in fates.items():
         print(f"{count:3d} x {kind:31s} {fate}")
 
@@ -198,8 +214,12 @@ def what_changed(before, after):
 # its module tells. On a small text model all is well:
 
 # %%
-text = nn.ModuleDict({"words": nn.LSTM(64, 128), "label": nn.Linear(128, 5)})
-dynamic_text = quantize_dynamic(text, {nn.LSTM, nn.Linear}, dtype=torch.qint8)
+text = nn.ModuleDict(
+    {"words": nn.LSTM(64, 128), "label": nn.Linear(128, 5)}
+)
+dynamic_text = quantize_dynamic(
+    text, {nn.LSTM, nn.Linear}, dtype=torch.qint8
+)
 what_changed(text, dynamic_text)
 print(dynamic_text["words"])
 
@@ -216,13 +236,21 @@ asked = quantize_dynamic(resnet, {nn.Conv2d}, dtype=torch.qint8)
 what_changed(resnet, asked)
 
 # %%
-convolutions = [name for name, m in resnet.named_modules() if isinstance(m, nn.Conv2d)]
-still = [name for name in convolutions if type(asked.get_submodule(name)) is nn.Conv2d]
-image = torch.randn(2, 3, 32, 32, generator=generator)  # (batch, channels, height, width)
+convolutions = [
+    name for name, m in resnet.named_modules() if isinstance(m, nn.Conv2d)
+]
+still = [
+    name
+    for name in convolutions
+    if type(asked.get_submodule(name)) is nn.Conv2d
+]
+# (batch, channels, height, width)
+image = torch.randn(2, 3, 32, 32, generator=generator)
 with torch.no_grad():
     same = torch.equal(asked(image), resnet(image))
 print(f"convolutions still float: {len(still)} of {len(convolutions)}")
-print(f"bytes before and after:   {model_bytes(resnet)} {model_bytes(asked)}")
+sizes = model_bytes(resnet), model_bytes(asked)
+print("bytes before and after:  ", *sizes)
 print(f"same output, bit for bit: {same}")
 
 # %% [markdown]
@@ -255,7 +283,9 @@ what_changed(layer, quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8))
 # %%
 models = {
     "LSTM": nn.Sequential(nn.LSTM(256, 512)),
-    "MLP": nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10)),
+    "MLP": nn.Sequential(
+        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10)
+    ),
     "ResNet-18": resnet,
 }
 
@@ -263,9 +293,13 @@ models = {
 def share(model, kinds):
     """Share of the parameters that sit in layers of these kinds."""
     inside = [
-        p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)
+        p
+        for m in model.modules()
+        if isinstance(m, kinds)
+        for p in m.parameters(recurse=False)
     ]
-    return sum(p.numel() for p in inside) / sum(p.numel() for p in model.parameters())
+    every = sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in inside) / every
 
 
 # %%
@@ -274,9 +308,12 @@ for name, model in models.items():
     after = quantize_dynamic(model, {nn.LSTM, nn.Linear}, dtype=torch.qint8)
     ratio[name] = model_bytes(after) / model_bytes(model)
     p = share(model, (nn.LSTM, nn.Linear))
-    print(f"{name:9s} share {p:.3f}   predicted {1 - 0.75 * p:.3f}   measured {ratio[name]:.3f}")
+    print(
+        f"{name:9s} share {p:.3f}   predicted {1 - 0.75 * p:.3f}"
+        f"   measured {ratio[name]:.3f}"
+    )
 
-# %% mystnb={"image": {"alt": "Bars of the file size after dynamic quantization relative to before: about a quarter for an LSTM and an MLP, nearly one for ResNet-18."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Bars of the file size after dynamic quantization relative to before: about a quarter for an LSTM and an MLP, nearly one for ResNet-18."}}
 bars(ratio, xlabel="bytes after / bytes before", form="{:.2f}")
 
 # %% [markdown]
@@ -298,8 +335,9 @@ for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
 
 # %%
 served = quantize_dynamic(resnet, {nn.Linear}, dtype=torch.qint8)
-print("parameters of the classifier, float:    ", len(list(resnet.fc.parameters())))
-print("parameters of the classifier, quantized:", len(list(served.fc.parameters())))
+counts = [len(list(m.fc.parameters())) for m in (resnet, served)]
+print("parameters of the classifier, float:    ", counts[0])
+print("parameters of the classifier, quantized:", counts[1])
 
 # %% [markdown]
 # Worse, the layer is a wall for those in front of it. The output claims to require a gradient,
@@ -315,7 +353,8 @@ def gradients(model):
     output.sum().backward()
     reached = sum(p.grad is not None for p in model.parameters())
     total = len(list(model.parameters()))
-    print(f"requires_grad: {output.requires_grad}   reached: {reached} of {total}")
+    asks = output.requires_grad
+    print(f"requires_grad: {asks}   reached: {reached} of {total}")
 
 
 gradients(resnet)
@@ -330,7 +369,7 @@ labels = torch.tensor([0, 1])
 try:
     fit(served, [(image, labels)], steps=1)
 except NothingToTrain as error:
-    print(error)
+    print(textwrap.fill(str(error), 76))
 
 # %% [markdown]
 # So dynamic quantization is a last step, for a model that has finished learning. Whoever wants
@@ -364,8 +403,12 @@ check("ch03-changed", untouched)
 
 # %% tags=["hide-cell"]
 def untouched(model):
-    after = quantize_dynamic(model, {nn.Conv2d, nn.Linear}, dtype=torch.qint8)
-    return sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in after.modules())
+    after = quantize_dynamic(
+        model, {nn.Conv2d, nn.Linear}, dtype=torch.qint8
+    )
+    return sum(
+        isinstance(m, (nn.Conv2d, nn.Linear)) for m in after.modules()
+    )
 
 
 check("ch03-changed", untouched)

@@ -20,10 +20,12 @@
 # *Running time: under fifteen seconds on two cores, once chapter 2 has put the pre-trained model
 # into the cache.*
 
-# %%
+# %% tags=["hide-input"]
 import dataclasses
 import math
+import textwrap
 import warnings
+from functools import partial
 
 import torch
 from torch.ao import quantization as ao
@@ -41,7 +43,8 @@ from companion.course.figures import curves, histogram
 from companion.errors import SchemeError
 from companion.numerics.affine import to_groups
 
-warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
+# upstream announces removal at every call; chapter 5 says more
+warnings.filterwarnings("ignore")
 
 # %% [markdown]
 # ## Round, clip, and come back
@@ -88,7 +91,8 @@ fine = scale / 2
 clipped = fine * torch.clamp(torch.round(w * (1 / fine)), qmin, qmax)
 for name, values in [("full range", back), ("half range", clipped)]:
     error = (values - w).abs()
-    print(f"{name}: median error {error.median():.3f}, largest {error.max():.3f}")
+    median, largest = error.median(), error.max()
+    print(f"{name}: median error {median:.3f}, largest {largest:.3f}")
 
 # %% [markdown]
 # The typical error shrinks, the largest one grows. Every method for choosing a range, in this
@@ -102,9 +106,10 @@ for name, values in [("full range", back), ("half range", clipped)]:
 # %%
 halves = torch.arange(-4, 4) + 0.5  # -3.5, -2.5, ..., 3.5
 print("halves:      ", halves.tolist())
-print("half to even:", torch.round(halves).int().tolist())
-print("half up:     ", torch.floor(halves + 0.5).int().tolist())
-print("their means: ", torch.round(halves).mean().item(), torch.floor(halves + 0.5).mean().item())
+even, up = torch.round(halves), torch.floor(halves + 0.5)
+print("half to even:", even.int().tolist())
+print("half up:     ", up.int().tolist())
+print("their means: ", even.mean().item(), up.mean().item())
 
 # %% [markdown]
 # Ties sound rare, but the formula above makes one in every group of weights that shares a
@@ -114,8 +119,10 @@ print("their means: ", torch.round(halves).mean().item(), torch.floor(halves + 0
 # quite the same number.
 
 # %%
-for name, value in [("divided   ", w[0] / scale), ("multiplied", w[0] * (1 / scale))]:
-    print(f"{name}: {value.item():.7f} rounds to {torch.round(value).int().item()}")
+ways = {"divided   ": w[0] / scale, "multiplied": w[0] * (1 / scale)}
+for name, value in ways.items():
+    nearest = torch.round(value).int().item()
+    print(f"{name}: {value.item():.7f} rounds to {nearest}")
 
 # %% [markdown]
 # Here are a thousand groups of 32 random weights, rounded in both ways. (They are drawn in double
@@ -123,11 +130,13 @@ for name, value in [("divided   ", w[0] / scale), ("multiplied", w[0] * (1 / sca
 
 # %%
 generator = torch.Generator().manual_seed(0)
-groups = torch.randn(1000, 32, generator=generator, dtype=torch.double).float()
+groups = torch.randn(1000, 32, generator=generator, dtype=torch.double)
+groups = groups.float()
 scales = groups.abs().amax(1, keepdim=True) / 7.5  # (1000, 1)
 multiplied = torch.round(groups * (1 / scales))
 divided = torch.round(groups / scales)
-print("groups that round differently:", (multiplied != divided).any(1).sum().item())
+differ = (multiplied != divided).any(1).sum().item()
+print("groups that round differently:", differ)
 stored = multiplied.clamp(qmin, qmax) != divided.clamp(qmin, qmax)
 print("of which the stored integer differs:", stored.any(1).sum().item())
 
@@ -158,8 +167,11 @@ for bits in (8, 4, 3, 2):
     scale, zero_point = choose_scale(flat, bits)
     ours = fake_quantize(flat, scale, zero_point, bits)
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    theirs = torch.fake_quantize_per_tensor_affine(flat, scale.item(), 0, qmin, qmax)
-    print(f"{bits} bits: equal {torch.equal(ours, theirs)}, {ours.unique().numel()} values in use")
+    theirs = torch.fake_quantize_per_tensor_affine(
+        flat, scale.item(), 0, qmin, qmax
+    )
+    same, used = torch.equal(ours, theirs), ours.unique().numel()
+    print(f"{bits} bits: equal {same}, {used} values in use")
 
 # %% [markdown]
 # Not every integer is in use. At 8 bits some have no weight near them; at the narrow widths it is
@@ -179,13 +191,15 @@ for bits in (8, 4, 3, 2):
 
 # %%
 x = F.gelu(1.5 * flat[:4096])  # activations
-low, high = x.min().clamp(max=0), x.max().clamp(min=0)  # 0 always lies inside
+low, high = x.min().clamp(max=0), x.max().clamp(min=0)  # 0 lies inside
 qmin, qmax = 0, 15  # four bits, unsigned
 scale = (high - low) / (qmax - qmin)
 zero_point = int(qmin - torch.round(low / scale))
-integers = torch.clamp(torch.round(x * (1 / scale)) + zero_point, qmin, qmax)
+shifted = torch.round(x * (1 / scale)) + zero_point
+integers = shifted.clamp(qmin, qmax)
 by_hand = (integers - zero_point) * scale
-print(f"range {low:.2f} to {high:.2f}, scale {scale:.3f}, zero point {zero_point}")
+print(f"range {low:.2f} to {high:.2f}")
+print(f"scale {scale:.3f}, zero point {zero_point}")
 
 # %% [markdown]
 # Since $z$ is an integer, 0.0 sits on the grid here too. The companion and PyTorch agree with
@@ -194,7 +208,9 @@ print(f"range {low:.2f} to {high:.2f}, scale {scale:.3f}, zero point {zero_point
 # %%
 scale_c, zero_c = choose_scale(x, bits=4, signed=False, symmetric=False)
 ours = fake_quantize(x, scale_c, zero_c, bits=4, signed=False)
-theirs = torch.fake_quantize_per_tensor_affine(x, scale.item(), zero_point, 0, 15)
+theirs = torch.fake_quantize_per_tensor_affine(
+    x, scale.item(), zero_point, 0, 15
+)
 print("companion = by hand:", torch.equal(ours, by_hand))
 print("PyTorch   = by hand:", torch.equal(theirs, by_hand))
 
@@ -205,7 +221,8 @@ def mse(original, rounded):
 
 
 symmetric = fake_quantize(x, *choose_scale(x, bits=4), bits=4)
-print(f"mean squared error: symmetric {mse(x, symmetric):.5f}, asymmetric {mse(x, ours):.5f}")
+print(f"mean squared error, symmetric:  {mse(x, symmetric):.5f}")
+print(f"mean squared error, asymmetric: {mse(x, ours):.5f}")
 
 # %% [markdown]
 # ## Who shares a scale
@@ -217,7 +234,9 @@ print(f"mean squared error: symmetric {mse(x, symmetric):.5f}, asymmetric {mse(x
 # others, a caricature of what training does.
 
 # %%
-weight = 0.05 * torch.randn(64, 32, 3, 3, generator=generator, dtype=torch.double).float()
+shape = (64, 32, 3, 3)
+drawn = torch.randn(shape, generator=generator, dtype=torch.double)
+weight = 0.05 * drawn.float()
 weight[5] *= 8
 views = {
     "per tensor": weight.reshape(1, 1, -1),  # (1, 1, 18432)
@@ -236,13 +255,14 @@ for name, view in views.items():
 try:
     to_groups(torch.zeros(64, 3, 7, 7), 32)
 except SchemeError as error:
-    print(error)
+    print(textwrap.fill(str(error), 76))
 
 # %% [markdown]
 # PyTorch's operator is called `fake_quantize_per_channel_affine`; on the grouped view, laid out
 # with one group per row, it computes per-group quantization as well.
 
 # %%
+same = {}
 for name, view in views.items():
     rows = view.flatten(0, 1)  # (all groups, group size)
     scale, zero_point = choose_scale(rows, bits=4)
@@ -250,7 +270,9 @@ for name, view in views.items():
     theirs = torch.fake_quantize_per_channel_affine(
         rows, scale.flatten(), zero_point.flatten(), 0, -8, 7
     )
-    print(f"{name:12}: equal {torch.equal(ours, theirs)}")
+    same[name] = torch.equal(ours, theirs)
+ok = "✓" if all(same.values()) else "✗"
+print(ok, "equal to torch:", ", ".join(same))
 
 # %% [markdown]
 # ## Error against bits
@@ -264,13 +286,20 @@ def rounding_error(view, bits):
 
 
 errors = {
-    name: {bits: rounding_error(view, bits) for bits in range(2, 9)} for name, view in views.items()
+    name: {bits: rounding_error(view, bits) for bits in range(2, 9)}
+    for name, view in views.items()
 }
+print("bits        ", *(f"{bits:7d}" for bits in range(2, 9)))
 for name, line in errors.items():
-    print(f"{name:12}", "  ".join(f"{bits}: {e:.1e}" for bits, e in line.items()))
+    print(f"{name:12}", *(f"{e:.1e}" for e in line.values()))
 
-# %% mystnb={"image": {"alt": "Three falling lines on a logarithmic axis: mean squared error against bits from 2 to 8. The line of one scale per tensor starts flat and lies far above the line of one scale per channel; groups of 32 lie lowest. From 5 bits on, all three fall at the same slope."}}
-curves(errors, xlabel="bits per integer", ylabel="mean squared error", log_y=True)
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three falling lines on a logarithmic axis: mean squared error against bits from 2 to 8. The line of one scale per tensor starts flat and lies far above the line of one scale per channel; groups of 32 lie lowest. From 5 bits on, all three fall at the same slope."}}
+curves(
+    errors,
+    xlabel="bits per integer",
+    ylabel="mean squared error",
+    log_y=True,
+)
 
 # %% [markdown]
 # At few bits the per-tensor line is flat: the one large channel makes the step so long that
@@ -285,14 +314,16 @@ curves(errors, xlabel="bits per integer", ylabel="mean squared error", log_y=Tru
 # engineers. On uniform values, measured and predicted:
 
 # %%
-u = 2 * torch.rand(100_000, generator=generator, dtype=torch.double).float() - 1
+u = torch.rand(100_000, generator=generator, dtype=torch.double).float()
+u = 2 * u - 1
 power = u.double().square().mean().item()
 before = None
 for bits in range(2, 9):
     s = choose_scale(u, bits)[0].item()
     db = 10 * math.log10(power / rounding_error(u, bits))
     gain = "" if before is None else f", gained {db - before:.2f} dB"
-    print(f"{bits} bits: error / (s²/12) = {rounding_error(u, bits) / (s**2 / 12):.3f}{gain}")
+    ratio = rounding_error(u, bits) / (s**2 / 12)
+    print(f"{bits} bits: error / (s²/12) = {ratio:.3f}{gain}")
     before = db
 
 # %% [markdown]
@@ -303,7 +334,8 @@ for bits in range(2, 9):
 # %%
 for name in ("per channel", "groups of 32"):
     ratio = errors["per tensor"][8] / errors[name][8]
-    print(f"{name}: per-tensor error / {ratio:.0f}, worth {math.log2(ratio) / 2:.1f} bits")
+    worth = math.log2(ratio) / 2
+    print(f"{name}: per-tensor error / {ratio:.0f}, worth {worth:.1f} bits")
 
 # %% [markdown]
 # ## A real layer
@@ -313,7 +345,9 @@ for name in ("per channel", "groups of 32"):
 
 # %%
 # weights="auto" takes ImageNet weights where a network allows
-model = load_pretrained("resnet18", classes=5, weights="digits", progress=False)
+model = load_pretrained(
+    "resnet18", classes=5, weights="digits", progress=False
+)
 real = model.layer1[0].conv1.weight.detach()  # (64, 64, 3, 3)
 real_views = {
     "per tensor": real.reshape(1, 1, -1),
@@ -323,8 +357,10 @@ real_views = {
 scale, _ = choose_scale(real_views["per tensor"], bits=2)
 grid = (scale * torch.arange(-2, 2)).flatten().tolist()
 
-# %% mystnb={"image": {"alt": "Histogram of the weights of a convolution: a bell around zero. Four vertical lines mark the grid of two bits. Nearly all of the bell lies closer to the line at zero than to the next one; the outermost lines stand where the bell has all but ended."}}
-histogram(real.numpy(), xlabel="weight", marks={"2-bit grid, one scale": grid})
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Histogram of the weights of a convolution: a bell around zero. Four vertical lines mark the grid of two bits. Nearly all of the bell lies closer to the line at zero than to the next one; the outermost lines stand where the bell has all but ended."}}
+histogram(
+    real.numpy(), xlabel="weight", marks={"2-bit grid, one scale": grid}
+)
 
 # %% [markdown]
 # Nearly everything is nearest to the brick at zero: a two-bit layer with one scale is almost an
@@ -339,9 +375,12 @@ real_errors = {
     for name, view in real_views.items()
 }
 tensor, channel, group = real_errors.values()
-print("per channel below 3/4 of per tensor:   ", all(channel[b] < 0.75 * tensor[b] for b in tensor))
-print("groups of 32 below 3/4 of per channel: ", all(group[b] < 0.75 * channel[b] for b in tensor))
-zeros = (quantize(real_views["per tensor"], scale, bits=2) == 0).float().mean().item()
+rows_help = all(channel[b] < 0.75 * tensor[b] for b in tensor)
+groups_help = all(group[b] < 0.75 * channel[b] for b in tensor)
+two_bits = quantize(real_views["per tensor"], scale, bits=2)
+zeros = (two_bits == 0).float().mean().item()
+print("per channel below 3/4 of per tensor:   ", rows_help)
+print("groups of 32 below 3/4 of per channel: ", groups_help)
 print("more than 2/3 become zero at 2 bits:   ", zeros > 2 / 3)
 
 # %% [markdown]
@@ -358,7 +397,11 @@ for size in (288, 96, 32, 8):
     scheme = QuantScheme(weight_bits=4, group_size=size)
     storage = 4 + 16 / size
     assert storage == scheme.bits_per_weight(in_features=288)
-    print(f"groups of {size:3}: {storage:.2f} bits per weight, error {rounding_error(view, 4):.1e}")
+    error = rounding_error(view, 4)
+    print(
+        f"groups of {size:3}: {storage:.2f} bits per weight, "
+        f"error {error:.1e}"
+    )
 
 # %% [markdown]
 # Groups of 8 cost nearly two more bits per weight than one scale per row, for half the error. By
@@ -389,11 +432,15 @@ except SchemeError as error:
 # %%
 from companion import W3, W4A8, W8, W8A8
 
-for name, scheme in {"W8A8": W8A8, "W8": W8, "W4A8": W4A8, "W4": W4, "W3": W3, "W2": W2}.items():
-    a = scheme.activations
+names = ("W8A8", "W8", "W4A8", "W4", "W3", "W2")
+schemes = (W8A8, W8, W4A8, W4, W3, W2)
+for name, scheme in zip(names, schemes, strict=True):
+    a, (low, high) = scheme.activations, scheme.integers
     inputs = "float" if a is None else f"{a.bits} bits per {a.granularity}"
-    print(f"{name:4}: integers {scheme.integers}, groups of {scheme.group_size}, "
-          f"{scheme.bits_per_weight(512):.2f} bits per weight, inputs {inputs}")  # fmt: skip
+    print(
+        f"{name:4}: {low} to {high}, groups of {scheme.group_size}, "
+        f"{scheme.bits_per_weight(512):.2f} bits, inputs {inputs}"
+    )
 
 # %% [markdown]
 # The default `scale_dtype` is float16, as in the files that deployed models are stored in. The
@@ -406,7 +453,8 @@ for dtype in (torch.float32, torch.float16):
     scale, _ = choose_scale(rows, bits=4, scale_dtype=dtype)
     extremes = rows.abs().amax(-1, keepdim=True) * (1 / scale.float())
     error = mse(rows, fake_quantize(rows, scale, bits=4))
-    print(f"{dtype}: error {error:.3e}, extremes up to {(extremes - 7.5).abs().max():.4f} off 7.5")
+    off = (extremes - 7.5).abs().max()
+    print(f"{dtype}: error {error:.3e}, extremes up to {off:.4f} off 7.5")
 
 # %% [markdown]
 # ## Observers: ranges from data
@@ -422,7 +470,8 @@ batches[2][17] = 30.0  # one stray value
 
 low, high = torch.tensor(0.0), torch.tensor(0.0)
 for batch in batches:
-    low, high = torch.minimum(low, batch.min()), torch.maximum(high, batch.max())
+    low = torch.minimum(low, batch.min())
+    high = torch.maximum(high, batch.max())
 print(f"min-max:        {low:.3f} to {high:.3f}")
 
 momentum = 0.1
@@ -438,12 +487,15 @@ print(f"moving average: {low_ma:.3f} to {high_ma:.3f}")
 
 # %%
 minmax = ao.MinMaxObserver(dtype=torch.quint8)
-moving = ao.MovingAverageMinMaxObserver(averaging_constant=momentum, dtype=torch.quint8)
+moving = ao.MovingAverageMinMaxObserver(
+    averaging_constant=momentum, dtype=torch.quint8
+)
 for batch in batches:
     minmax(batch), moving(batch)
-ends = torch.stack([low, high]), torch.stack([low_ma, high_ma])
-print("min-max equal:       ", torch.equal(torch.stack([minmax.min_val, minmax.max_val]), ends[0]))
-print("moving average equal:", torch.equal(torch.stack([moving.min_val, moving.max_val]), ends[1]))
+same = (minmax.min_val, minmax.max_val) == (low, high)
+same_ma = (moving.min_val, moving.max_val) == (low_ma, high_ma)
+print("min-max equal:       ", same)
+print("moving average equal:", same_ma)
 
 # %% [markdown]
 # Their `calculate_qparams` turns a range into scale and zero point, by the formula above. The
@@ -451,15 +503,18 @@ print("moving average equal:", torch.equal(torch.stack([moving.min_val, moving.m
 
 # %%
 scale, zero_point = minmax.calculate_qparams()
-same = choose_scale(torch.stack([low, high]), bits=8, signed=False, symmetric=False)
-print("activations:", torch.equal(scale, same[0]), torch.equal(zero_point, same[1]))
+ends = torch.stack([low, high])
+ours = choose_scale(ends, bits=8, signed=False, symmetric=False)
+same = torch.equal(scale, ours[0]), torch.equal(zero_point, ours[1])
+print("activations:", all(same))
 
 per_channel = ao.PerChannelMinMaxObserver(
     ch_axis=0, dtype=torch.qint8, qscheme=torch.per_channel_symmetric
 )
 per_channel(weight)
 scale, _ = per_channel.calculate_qparams()  # (64,)
-print("weights:    ", torch.equal(scale, choose_scale(to_groups(weight), bits=8)[0].flatten()))
+ours, _ = choose_scale(to_groups(weight), bits=8)
+print("weights:    ", torch.equal(scale, ours.flatten()))
 
 # %% [markdown]
 # What did the stray value do? For one value of five thousand, the min-max observer stretched the
@@ -468,12 +523,13 @@ print("weights:    ", torch.equal(scale, choose_scale(to_groups(weight), bits=8)
 # %%
 every = torch.cat(batches)
 ordinary = every[every < 30]
-step_all = choose_scale(every, 8, signed=False, symmetric=False)[0].item()
-step_ordinary = choose_scale(ordinary, 8, signed=False, symmetric=False)[0].item()
+unsigned = partial(choose_scale, bits=8, signed=False, symmetric=False)
+step_all, step_ordinary = (unsigned(v)[0].item() for v in (every, ordinary))
 step_moving = moving.calculate_qparams()[0].item()
 print(f"without the stray value: step {step_ordinary:.4f}")
 print(f"min-max:                 {step_all / step_ordinary:.1f} times that")
-print(f"moving average:          {step_moving / step_ordinary:.1f} times that")
+times = step_moving / step_ordinary
+print(f"moving average:          {times:.1f} times that")
 
 # %% [markdown]
 # A third way is to try several ranges and keep the one with the least error. By hand: shrink the
@@ -486,14 +542,18 @@ def search(x, bits):
     tried = {}
     for twentieths in range(1, 21):
         shorter = step * (twentieths / 20)
-        tried[twentieths] = mse(x, fake_quantize(x, shorter, zero_point, bits, signed=False))
+        rounded = fake_quantize(x, shorter, zero_point, bits, signed=False)
+        tried[twentieths] = mse(x, rounded)
     best = min(tried, key=tried.get)
     return best / 20, tried[best] / tried[20]
 
 
 for bits in (8, 4, 3):
     share, ratio = search(every, bits)
-    print(f"{bits} bits: best at {share:.2f} of the range, error {ratio:.2f} of the full range's")
+    print(
+        f"{bits} bits: best at {share:.2f} of the range, "
+        f"error {ratio:.2f} of the full range's"
+    )
 
 # %% [markdown]
 # At 8 bits the full range wins in spite of the stray value: a squared error punishes clipping one
@@ -504,7 +564,8 @@ for bits in (8, 4, 3):
 # %%
 searching = ao.HistogramObserver(dtype=torch.quint8)
 searching(every)
-print(f"share of the range kept: {searching.calculate_qparams()[0].item() / step_all:.2f}")
+share = searching.calculate_qparams()[0].item() / step_all
+print(f"share of the range kept: {share:.2f}")
 
 # %% [markdown]
 # ## Where this leads

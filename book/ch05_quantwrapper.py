@@ -22,9 +22,10 @@
 #
 # *Running time: under a minute on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import copy
 import re
+import textwrap
 import warnings
 from functools import partial
 
@@ -47,7 +48,8 @@ from companion.course.figures import histogram
 from companion.errors import UnsupportedModel, WrongStage
 from companion.evaluation.estimates import paired, predict
 
-warnings.filterwarnings("ignore")  # upstream announces removal at every call; see below
+# upstream announces removal at every call; see below
+warnings.filterwarnings("ignore")
 
 # %% [markdown]
 # ## Marks on the road
@@ -69,9 +71,14 @@ wrappers = {
 with torch.no_grad():
     bare = model(images)
     for name, wrapper in wrappers.items():
-        fakes = sum(isinstance(m, ao.FakeQuantizeBase) for m in wrapper.modules())
         same = torch.equal(wrapper.eval()(images), bare)
-        print(f"{name:9}: output unchanged {same}, {fakes} fake-quantization modules")
+        kinds = [
+            isinstance(m, ao.FakeQuantizeBase) for m in wrapper.modules()
+        ]
+        print(
+            f"{name:9}: output unchanged {same}, "
+            f"{sum(kinds)} fake-quantization modules"
+        )
 
 # %% [markdown]
 # So the third step of the recipe does nothing by itself. It says *where* integers begin and end;
@@ -100,7 +107,9 @@ with torch.no_grad():
 
 # %%
 qconfig = ao.QConfig(
-    activation=ao.MinMaxObserver.with_args(dtype=torch.quint8, reduce_range=True),
+    activation=ao.MinMaxObserver.with_args(
+        dtype=torch.quint8, reduce_range=True
+    ),
     weight=ao.PerChannelMinMaxObserver.with_args(
         dtype=torch.qint8, qscheme=torch.per_channel_symmetric
     ),
@@ -108,7 +117,8 @@ qconfig = ao.QConfig(
 first, second = qconfig.activation(), qconfig.activation()
 print(type(first).__name__, "and another one:", first is not second)
 print("integers for activations:", first.quant_min, "to", first.quant_max)
-print("integers for weights:    ", qconfig.weight().quant_min, "to", qconfig.weight().quant_max)
+second = qconfig.weight()
+print("integers for weights:    ", second.quant_min, "to", second.quant_max)
 
 # %% [markdown]
 # Weights get signed integers and a scale per channel, as [](ch04) recommends. Activations get
@@ -130,15 +140,20 @@ generator = torch.Generator().manual_seed(0)
 
 
 def draw(*shape):  # in double, so that every machine draws the same numbers
-    return torch.randn(*shape, generator=generator, dtype=torch.double).float()
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.double)
+    return drawn.float()
 
 
-small = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+small = nn.Sequential(
+    nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+).eval()
 conv, bn, _ = small
 with torch.no_grad():
     conv.weight.copy_(0.3 * draw(8, 3, 3, 3))
-    bn.weight.copy_(1 + 0.2 * draw(8)), bn.bias.copy_(0.1 * draw(8))
-    bn.running_mean.copy_(0.5 * draw(8)), bn.running_var.copy_(1 + draw(8) ** 2)
+    bn.weight.copy_(1 + 0.2 * draw(8))
+    bn.bias.copy_(0.1 * draw(8))
+    bn.running_mean.copy_(0.5 * draw(8))
+    bn.running_var.copy_(1 + draw(8) ** 2)
 x = draw(16, 3, 16, 16)  # (batch, channels, height, width)
 
 # %%
@@ -147,7 +162,8 @@ with torch.no_grad():
     weight = conv.weight * gain.view(-1, 1, 1, 1)  # (8, 3, 3, 3)
     bias = bn.bias - gain * bn.running_mean  # (8,)
     folded = F.conv2d(x, weight, bias).relu()
-    print("folded = convolution, batch norm, ReLU:", torch.allclose(folded, small(x), atol=1e-5))
+    same = torch.allclose(folded, small(x), atol=1e-5)
+print("folded = convolution, batch norm, ReLU:", same)
 
 # %% [markdown]
 # Upstream's `fuse_modules` does this {term}`fusion` for a model in eval mode, given the names of
@@ -159,8 +175,10 @@ fused = ao.fuse_modules(small, [["0", "1", "2"]])
 print([type(m).__name__ for m in fused])
 print("same weight:", torch.allclose(fused[0][0].weight, weight))
 print("same bias:  ", torch.allclose(fused[0][0].bias, bias, atol=1e-6))
-for_training = ao.fuse_modules_qat(copy.deepcopy(small).train(), [["0", "1", "2"]])
-print([type(m).__name__ for m in for_training], "of", [type(m).__name__ for m in for_training[0]])
+copied = copy.deepcopy(small).train()
+for_training = ao.fuse_modules_qat(copied, [["0", "1", "2"]])
+print("fused:", [type(m).__name__ for m in for_training])
+print("of:   ", [type(m).__name__ for m in for_training[0]])
 
 # %% [markdown]
 # torchvision's quantizable ResNet knows the names of its own parts.
@@ -173,9 +191,11 @@ def batch_norms(net):
 
 fused_resnet = copy.deepcopy(model)
 fused_resnet.fuse_model(is_qat=False)
-print("batch norms before and after:", batch_norms(model), batch_norms(fused_resnet))
+left = batch_norms(fused_resnet)
+print("batch norms before and after:", batch_norms(model), left)
 with torch.no_grad():
-    print("same outputs:", torch.allclose(fused_resnet(images), bare, atol=1e-3))
+    same = torch.allclose(fused_resnet(images), bare, atol=1e-3)
+print("same outputs:", same)
 
 # %% [markdown]
 # ## Prepare, watch, convert
@@ -190,7 +210,8 @@ torch.backends.quantized.engine = "x86"
 upstream = ao.QuantWrapper(fused).eval()
 upstream.qconfig = qconfig
 prepared = ao.prepare(upstream)
-print("observers:", sum(isinstance(m, ao.ObserverBase) for m in prepared.modules()))
+watching = [isinstance(m, ao.ObserverBase) for m in prepared.modules()]
+print("observers:", sum(watching))
 with torch.no_grad():
     prepared(x)
 served = ao.convert(prepared)
@@ -211,20 +232,26 @@ from companion.numerics.affine import to_groups
 rows = to_groups(weight)  # (8, 1, 27): one scale per output channel
 s_w, _ = choose_scale(rows, bits=8)
 q_w = quantize(rows, s_w, bits=8).view_as(weight)
-print("weights, as in chapter 4:", torch.equal(q_w, layer.weight().int_repr()))
+same = torch.equal(q_w, layer.weight().int_repr())
+print("weights, as in chapter 4:", same)
 
 s_x, z_x = served.quant.scale, served.quant.zero_point
 q_x = torch.clamp(torch.round(x * (1 / s_x)) + z_x, 0, 255)
-print("inputs:                  ", torch.equal(q_x.byte(), served.quant(x).int_repr()))
+same = torch.equal(q_x.byte(), served.quant(x).int_repr())
+print("inputs:                  ", same)
 
 # %%
-sums = F.conv2d(q_x.double() - z_x, q_w.double())  # whole numbers; double holds them exactly
-values = sums * s_x.double() * s_w.double().view(-1, 1, 1) + bias.double().view(-1, 1, 1)
-q_y = torch.clamp(torch.round(values / layer.scale) + layer.zero_point, layer.zero_point, 255)
+# whole numbers; double holds them exactly
+sums = F.conv2d(q_x.double() - z_x, q_w.double())
+step = s_x.double() * s_w.double().view(-1, 1, 1)
+values = sums * step + bias.double().view(-1, 1, 1)
+zero = layer.zero_point
+q_y = torch.clamp(torch.round(values / layer.scale) + zero, zero, 255)
 theirs = layer(served.quant(x)).int_repr()
 apart = (q_y - theirs.double()).abs()
 print("outputs at most one step apart:", apart.max().item() <= 1)
-print("equal in more than 99 of 100:  ", (apart == 0).double().mean().item() > 0.99)
+equal = (apart == 0).double().mean().item()
+print("equal in more than 99 of 100:  ", equal > 0.99)
 
 # %% [markdown]
 # ReLU is nowhere to be seen: it is the lower end of the clipping. We allow a step between ours and
@@ -238,11 +265,15 @@ print("equal in more than 99 of 100:  ", (apart == 0).double().mean().item() > 0
 # %%
 ours = QuantWrapper(small).prepare_qat(weight_bits=8).calibrate([x])
 int8 = ours.convert()
-print("same weights as upstream:    ", torch.equal(int8.model[0].weight().int_repr(), q_w))
-print("same input scale:            ", torch.equal(int8.quant.scale, s_x))
 with torch.no_grad():
     steps = (int8(x) - ours(x)).abs().max().item() / int8.model[0].scale
-print("fake within a step of served:", steps < 1.5)
+agree = {
+    "weights": torch.equal(int8.model[0].weight().int_repr(), q_w),
+    "input scale": torch.equal(int8.quant.scale, s_x),
+    "fake and served within a step": steps < 1.5,
+}
+ok = "✓" if all(agree.values()) else "✗"
+print(ok, "as upstream:", ", ".join(agree))
 
 # %% [markdown]
 # One thing this road does not do: below 8 bits, the integers still sit in 8-bit containers. Fewer
@@ -250,9 +281,11 @@ print("fake within a step of served:", steps < 1.5)
 
 # %%
 for bits in (8, 4, 2):
-    converted = QuantWrapper(small).prepare_qat(bits).calibrate([x]).convert()
+    watched = QuantWrapper(small).prepare_qat(bits).calibrate([x])
+    converted = watched.convert()
     used = converted.model[0].weight().int_repr().unique().numel()
-    print(f"{bits} bits: {used:3} different integers, {model_bytes(converted)} bytes")
+    size = model_bytes(converted)
+    print(f"{bits} bits: {used:3} different integers, {size} bytes")
 
 # %% [markdown]
 # ## Half of the integers
@@ -293,7 +326,7 @@ print("observable:  ", isinstance(add.activation_post_process, nn.Module))
 
 # %%
 def through_upstream(net):
-    """Prepare, calibrate and convert, then say what the first use of the result does."""
+    """Prepare, calibrate, convert, and say what the first use does."""
     net = ao.QuantWrapper(copy.deepcopy(net)).eval()
     net.qconfig = qconfig
     ao.prepare(net, inplace=True)
@@ -306,12 +339,14 @@ def through_upstream(net):
     return "runs"
 
 
-plain = load_pretrained("resnet18", classes=5, weights="digits", quantizable=False)
+plain = load_pretrained(
+    "resnet18", classes=5, weights="digits", quantizable=False
+)
 print("upstream: ", through_upstream(plain))
 try:
     QuantWrapper(plain).prepare_qat()
 except UnsupportedModel as error:
-    print("companion:", error)
+    print(textwrap.fill(f"companion: {error}", 76))
 
 # %% [markdown]
 # The quantizable variant of torchvision has modules for its additions, but also stubs of its own.
@@ -322,8 +357,9 @@ except UnsupportedModel as error:
 print("upstream: ", through_upstream(model))
 wrapper = QuantWrapper(model).prepare_qat()
 for name in ("quant", "dequant"):
-    before, after = model.get_submodule(name), wrapper.model.get_submodule(name)
-    print(f"companion: inner {name} was {type(before).__name__}, is {type(after).__name__}")
+    nets = (model, wrapper.model)
+    was, now = (type(net.get_submodule(name)).__name__ for net in nets)
+    print(f"companion: inner {name} was {was}, is {now}")
 
 # %% [markdown]
 # ## Out of order
@@ -332,23 +368,30 @@ for name in ("quant", "dequant"):
 # it converts a model whose observers have seen nothing, with a default scale that means nothing.
 
 # %%
-print("scale of the inputs without any data:", ao.convert(ao.prepare(upstream)).quant.scale.item())
+blind = ao.convert(ao.prepare(upstream))
+print("scale of the inputs without any data:", blind.quant.scale.item())
 
 # %% [markdown]
 # The companion keeps track of the stage and says what is missing.
 
+
 # %%
+def fresh():
+    return QuantWrapper(model)
+
+
 mistakes = {
-    "convert before prepare": lambda: QuantWrapper(model).convert(),
-    "convert before any data": lambda: QuantWrapper(model).prepare_qat().convert(),
-    "prepare twice": lambda: QuantWrapper(model).prepare_qat().prepare_qat(),
+    "convert before prepare": lambda: fresh().convert(),
+    "convert before any data": lambda: fresh().prepare_qat().convert(),
+    "prepare twice": lambda: fresh().prepare_qat().prepare_qat(),
     "train the integers": lambda: int8.train(),
 }
 for name, mistake in mistakes.items():
     try:
         mistake()
     except WrongStage as error:
-        print(f"{name}:\n    {error}")
+        indent = {"initial_indent": "    ", "subsequent_indent": "    "}
+        print(f"{name}:", textwrap.fill(str(error), 76, **indent), sep="\n")
 
 # %% [markdown]
 # ## ResNet-18, quantized after training
@@ -358,7 +401,9 @@ for name, mistake in mistakes.items():
 
 # %%
 sgd = partial(torch.optim.SGD, lr=0.001, momentum=0.9)
-history = fit(model, task.train, steps=120, optimizer=sgd, schedule="constant")
+history = fit(
+    model, task.train, steps=120, optimizer=sgd, schedule="constant"
+)
 # %% [markdown]
 # Then {term}`post-training quantization`. The training images serve for calibration; labels are
 # not used, and no weight is trained. We keep the batches in a list, because their order will
@@ -384,7 +429,8 @@ print("batch norms left:", batch_norms(int8))
 
 # %%
 before, after = model_bytes(model), model_bytes(int8)
-print(f"{before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after: {after / before:.3f} of it")
+print(f"{before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after")
+print(f"{after / before:.3f} of it")
 
 # %% [markdown]
 # A quarter, and a little more for the scales. In [](ch03) `quantize_dynamic` had left all the
@@ -406,7 +452,8 @@ print("int8:      ", accuracy(int8, task.test))
 print("difference:", result.difference)
 glue("ch05-float", float((answers == truth).mean()), display=False)
 glue("ch05-int8", float((answers_int8 == truth).mean()), display=False)
-glue("ch05-verdict", "is a tie" if result.tie else "is not a tie", display=False)
+verdict = "is a tie" if result.tie else "is not a tie"
+glue("ch05-verdict", verdict, display=False)
 glue("ch05-agree", float(result.agreement), display=False)
 
 # %%
@@ -423,7 +470,8 @@ print("int8 within 0.05 of float:", result.difference.low > -0.05)
 
 # %%
 answers_fake, _ = predict(fake, task.test)
-print("fake and real int8 agree on 99 %:", (answers_fake == answers_int8).mean() >= 0.99)
+same = (answers_fake == answers_int8).mean()
+print("fake and real int8 agree on 99 %:", same >= 0.99)
 
 # %% [markdown]
 # ### The same by upstream's calls
@@ -439,7 +487,9 @@ theirs = copy.deepcopy(model).eval()
 theirs.quant, theirs.dequant = nn.Identity(), nn.Identity()
 theirs.fuse_model(is_qat=False)
 theirs = ao.QuantWrapper(theirs)
-moving = ao.MovingAverageMinMaxObserver.with_args(dtype=torch.quint8, reduce_range=True)
+moving = ao.MovingAverageMinMaxObserver.with_args(
+    dtype=torch.quint8, reduce_range=True
+)
 theirs.qconfig = ao.QConfig(activation=moving, weight=qconfig.weight)
 ao.prepare(theirs, inplace=True)
 with torch.no_grad():
@@ -448,10 +498,14 @@ with torch.no_grad():
 theirs = ao.convert(theirs)
 
 # %%
-first, second = (net.conv1.weight().int_repr().int() for net in (theirs.module, int8.model))
+first, second = (
+    net.conv1.weight().int_repr().int()
+    for net in (theirs.module, int8.model)
+)
 print("weights within a step:", (first - second).abs().max().item() <= 1)
 answers_theirs, _ = predict(theirs, task.test)
-print("agree on 95 %:        ", (answers_theirs == answers_int8).mean() >= 0.95)
+same = (answers_theirs == answers_int8).mean()
+print("agree on 95 %:        ", same >= 0.95)
 
 # %% [markdown]
 # ## What calibration chose
@@ -468,19 +522,25 @@ def first_layer(batch):
 
 
 model.eval()
-outputs = [first_layer(batch) for batch in batches]  # 4 of shape (25, 64, 16, 16)
+# 4 of shape (25, 64, 16, 16)
+outputs = [first_layer(batch) for batch in batches]
 high = outputs[0].max()
 for output in outputs[1:]:
     high = high + 0.01 * (output.max() - high)
-chosen = 127 * int8.model.conv1.scale  # the scale spreads the range over 127 steps
-print("chosen range within 5 % of ours:", abs(chosen / high.item() - 1) < 0.05)
+# the scale spreads the range over 127 steps
+chosen = 127 * int8.model.conv1.scale
+apart = abs(chosen / high.item() - 1)
+print("chosen range within 5 % of ours:", apart < 0.05)
 
-# %% mystnb={"image": {"alt": "Histogram of the positive outputs of the first layer: a broad hump over the lower half of the range, then a long thin tail to the right. Two vertical lines close together at the end of the tail mark the chosen end of the range and the largest activation of all four batches."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Histogram of the positive outputs of the first layer: a broad hump over the lower half of the range, then a long thin tail to the right. Two vertical lines close together at the end of the tail mark the chosen end of the range and the largest activation of all four batches."}}
 every = torch.cat(outputs).flatten()
 histogram(
     every[every > 0].numpy(),
     xlabel="positive activations of the first layer",
-    marks={"end of the chosen range": [chosen], "largest of all batches": [every.max().item()]},
+    marks={
+        "end of the chosen range": [chosen],
+        "largest of all batches": [every.max().item()],
+    },
 )
 
 # %% [markdown]
@@ -502,11 +562,13 @@ print(f"{0.99**3:.3f}")
 # that matter? We turn the list around, and ask for the same class for 90 of 100 images.
 
 # %% tags=["nbval-ignore-output"]
-turned = QuantWrapper(model).prepare_qat(8).calibrate(batches[::-1]).convert()
+turned = QuantWrapper(model).prepare_qat(8).calibrate(batches[::-1])
+turned = turned.convert()
 answers_turned, _ = predict(turned, task.test)
 print("first order: ", accuracy(int8, task.test))
 print("turned round:", accuracy(turned, task.test))
-print("difference:  ", paired(answers_turned, answers_int8, truth).difference)
+pair = paired(answers_turned, answers_int8, truth)
+print("difference:  ", pair.difference)
 
 # %%
 print("agree on 90 %:", (answers_turned == answers_int8).mean() >= 0.90)
@@ -575,7 +637,11 @@ check("ch05-find", find)
 # %% tags=["hide-cell"]
 def find(model):
     stubs = (ao.QuantStub, ao.DeQuantStub)
-    return [name for name, module in model.named_modules() if isinstance(module, stubs)]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, stubs)
+    ]
 
 
 check("ch05-find", find)

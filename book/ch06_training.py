@@ -21,12 +21,12 @@
 #
 # *Running time: about a minute on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import copy
 import warnings
 from collections import Counter
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -48,12 +48,14 @@ from companion.course.check import check
 from companion.course.figures import curves, scatter, staircase
 from companion.evaluation.estimates import predict
 
-warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
+# upstream announces removal at every call; chapter 5 says more
+warnings.filterwarnings("ignore")
 generator = torch.Generator().manual_seed(0)
 
 
 def draw(*shape):  # in double, so that every machine draws the same numbers
-    return torch.randn(*shape, generator=generator, dtype=torch.double).float()
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.double)
+    return drawn.float()
 
 
 # %% [markdown]
@@ -112,7 +114,8 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, scale, qmin, qmax):
         steps = torch.round(w * (1 / scale))
-        ctx.save_for_backward((qmin <= steps) & (steps <= qmax))  # was it inside?
+        inside = (qmin <= steps) & (steps <= qmax)
+        ctx.save_for_backward(inside)
         return steps.clamp(qmin, qmax) * scale
 
     @staticmethod
@@ -136,7 +139,7 @@ for step, slope in zip(steps.tolist(), w.grad.tolist(), strict=True):
 # Drawn for two bits, whose four levels are easy to see: above, the staircase next to the line it
 # replaces; below, the gradient it is given, and the true one.
 
-# %% mystnb={"image": {"alt": "Above: a staircase of four levels against the dotted diagonal it approximates, flat beyond its ends. Below: the straight-through gradient, a box of height one over the range of the grid, and the true gradient, a dotted line at zero."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Above: a staircase of four levels against the dotted diagonal it approximates, flat beyond its ends. Below: the straight-through gradient, a box of height one over the range of the grid, and the true gradient, a dotted line at zero."}}
 x = torch.linspace(-3.5, 2.5, 601, requires_grad=True)
 y = StraightThrough.apply(x, torch.tensor(1.0), -2, 1)
 y.sum().backward()
@@ -153,25 +156,43 @@ staircase(x.detach().numpy(), y.detach().numpy(), x.grad.numpy())
 def value_and_gradient(rounding):
     w = rows.clone().requires_grad_()
     out = rounding(w)
-    (out * weights).sum().backward()  # weighted, so that a constant gradient would not pass
+    # weights, so that a constant gradient would not pass
+    (out * weights).sum().backward()
     return out.detach(), w.grad
 
 
 rows = draw(64, 128)  # (channels, weights)
 weights = draw(64, 128)
-s = 0.7 * choose_scale(rows, bits=4)[0]  # (64, 1), a bit too fine: the largest are clipped
+# a bit too fine, so that the largest are clipped
+s = 0.7 * choose_scale(rows, bits=4)[0]  # (64, 1)
 zero = torch.zeros(64, dtype=torch.int32)
 
+
 # %%
-by_hand = value_and_gradient(lambda w: StraightThrough.apply(w, s, qmin, qmax))
-companion = value_and_gradient(lambda w: fake_quantize(w, s, bits=4))
-upstream = value_and_gradient(
-    lambda w: torch.fake_quantize_per_channel_affine(w, s.flatten(), zero, 0, qmin, qmax)
-)
-for name, (value, gradient) in {"companion": companion, "upstream": upstream}.items():
-    same = torch.equal(value, by_hand[0]), torch.equal(gradient, by_hand[1])
+def by_hand(w):
+    return StraightThrough.apply(w, s, qmin, qmax)
+
+
+def by_companion(w):
+    return fake_quantize(w, s, bits=4)
+
+
+def by_torch(w):
+    flat = s.flatten()
+    return torch.fake_quantize_per_channel_affine(
+        w, flat, zero, 0, qmin, qmax
+    )
+
+
+ours = value_and_gradient(by_hand)
+for name, rounding in {
+    "companion": by_companion,
+    "upstream": by_torch,
+}.items():
+    value, gradient = value_and_gradient(rounding)
+    same = torch.equal(value, ours[0]), torch.equal(gradient, ours[1])
     print(f"{name}: same values {same[0]}, same gradients {same[1]}")
-print("weights without a gradient:", (by_hand[1] == 0).sum().item())
+print("weights without a gradient:", (ours[1] == 0).sum().item())
 
 # %% [markdown]
 # ## One weight, watched
@@ -199,12 +220,23 @@ def descend(rounding, w, steps=40, rate=0.1, x=1.0, y=1.2):
 
 # %%
 step = torch.tensor(0.5)
-hidden, used = descend(lambda w: StraightThrough.apply(w, step, qmin, qmax), 0.1)
-for i in (0, 1, 2, 3, 4, 6, 8, 12, 17, 18, 19):
-    print(f"step {i:2}: hidden weight {hidden[i]:.2f}, integer {round(used[i] / 0.5)}")
 
-# %% mystnb={"image": {"alt": "Two lines over forty steps. The hidden weight climbs smoothly and then hovers around 1.25; the value that the network uses jumps through 0, 0.5 and 1.0 and then alternates between 1.0 and 1.5."}}
-curves({"hidden weight": hidden, "what the network uses": used}, xlabel="step", ylabel="value")
+
+def to_the_grid(w):
+    return StraightThrough.apply(w, step, qmin, qmax)
+
+
+hidden, used = descend(to_the_grid, 0.1)
+for i in (0, 1, 2, 3, 4, 6, 8, 12, 17, 18, 19):
+    integer = round(used[i] / 0.5)
+    print(f"step {i:2}: hidden weight {hidden[i]:.2f}, integer {integer}")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two lines over forty steps. The hidden weight climbs smoothly and then hovers around 1.25; the value that the network uses jumps through 0, 0.5 and 1.0 and then alternates between 1.0 and 1.5."}}
+curves(
+    {"hidden weight": hidden, "what the network uses": used},
+    xlabel="step",
+    ylabel="value",
+)
 
 # %% [markdown]
 # The hidden weight collects small pushes that are each too small to change the integer, until it
@@ -233,12 +265,17 @@ print("a clipped weight moved:", lost[-1] != lost[0])
 
 # %%
 task = load_task("digits-5-9", batch_size=25)
-# weights="auto" takes ImageNet weights where a network allows; "digits" works everywhere
+# weights="auto" takes ImageNet weights where a network allows
 start = load_pretrained("resnet18", classes=5, weights="digits")
 qat = QuantWrapper(start).prepare_qat(weight_bits=4)
 
-fakes = {name: m for name, m in qat.named_modules() if isinstance(m, ao.FakeQuantize)}
-print(Counter("weights" if "weight" in name else "activations" for name in fakes))
+fakes = {
+    name: m
+    for name, m in qat.named_modules()
+    if isinstance(m, ao.FakeQuantize)
+}
+what = ["weights" if "weight" in name else "activations" for name in fakes]
+print(Counter(what))
 
 # %%
 fake = qat.model.layer1[0].conv1.weight_fake_quant
@@ -246,7 +283,8 @@ watcher = fake.activation_post_process
 print("integers:", fake.quant_min, "to", fake.quant_max)
 print("scheme:  ", fake.qscheme, "along dimension", fake.ch_axis)
 print("observer:", type(watcher).__name__)
-print("parameters to train, before and after:", *(len(list(m.parameters())) for m in (start, qat)))
+counts = [len(list(m.parameters())) for m in (start, qat)]
+print("parameters to train, before and after:", *counts)
 
 # %% [markdown]
 # Each `FakeQuantize` holds an {term}`observer`, which watches the range and sets the scale, and the
@@ -262,9 +300,13 @@ print("parameters to train, before and after:", *(len(list(m.parameters())) for 
 
 # %%
 net = nn.Sequential(
-    nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(),
-    nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 5),
-)  # fmt: skip
+    nn.Conv2d(3, 8, 3, stride=2),
+    nn.BatchNorm2d(8),
+    nn.ReLU(),
+    nn.AdaptiveAvgPool2d(4),
+    nn.Flatten(),
+    nn.Linear(128, 5),
+)
 try:
     ao.prepare_qat(net.eval())
 except AssertionError as error:
@@ -280,9 +322,13 @@ except AssertionError as error:
 def changed_by(action, model):
     before = copy.deepcopy(model.state_dict())
     action()
-    moved = {key.split(".")[-1] for key, value in model.state_dict().items()
-             if not torch.equal(before[key], value)}  # fmt: skip
-    return [kind for kind in ("weight", "scale", "running_mean", "running_var") if kind in moved]
+    moved = {
+        key.split(".")[-1]
+        for key, value in model.state_dict().items()
+        if not torch.equal(before[key], value)
+    }
+    kinds = ("weight", "scale", "running_mean", "running_var")
+    return [kind for kind in kinds if kind in moved]
 
 
 small = QuantWrapper(net).prepare_qat(weight_bits=4)
@@ -291,7 +337,8 @@ _ = small(batches[0][0])  # the first look: observers start from nothing
 print("train mode:", changed_by(lambda: small(batches[1][0]), small))
 _ = small.eval()
 for look in ("first", "second"):
-    print(f"eval mode, {look} look:", changed_by(lambda: small(batches[2][0]), small))
+    changed = changed_by(lambda: small(batches[2][0]), small)
+    print(f"eval mode, {look} look:", changed)
 
 # %% [markdown]
 # ## The loop stays an ordinary loop
@@ -307,7 +354,7 @@ def plain_loop(model, steps):
     descent = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     model.train()
     losses = []
-    for _, (images, labels) in zip(range(steps), cycle(batches), strict=False):
+    for images, labels in islice(cycle(batches), steps):
         descent.zero_grad()
         error = F.cross_entropy(model(images), labels)
         error.backward()
@@ -326,7 +373,8 @@ twin = copy.deepcopy(small)
 losses = plain_loop(small, steps=12)
 history = fit(twin, batches, steps=12, optimizer=sgd, schedule="constant")
 print("same losses:", losses == history.loss)
-print("same weights:", torch.equal(small.model[0].weight, twin.model[0].weight))
+same = torch.equal(small.model[0].weight, twin.model[0].weight)
+print("same weights:", same)
 
 # %% [markdown]
 # ## Freezing the grid
@@ -337,7 +385,9 @@ print("same weights:", torch.equal(small.model[0].weight, twin.model[0].weight))
 # and after:
 
 # %%
-more = partial(fit, small, batches, steps=4, optimizer=sgd, schedule="constant")
+more = partial(
+    fit, small, batches, steps=4, optimizer=sgd, schedule="constant"
+)
 print("before:", changed_by(more, small))
 small.freeze()
 print("after: ", changed_by(more, small))
@@ -351,23 +401,33 @@ print("after: ", changed_by(more, small))
 
 # %%
 control = copy.deepcopy(start)
-control_history = fit(control, task.train, steps=120, optimizer=sgd, schedule="constant")
-
-# %%
-before = qat.calibrate(task.train, batches=1).convert()  # the integers without any training
-qat = QuantWrapper(start).prepare_qat(weight_bits=4)
-qat_history = fit(
-    qat, task.train, steps=120, optimizer=sgd, schedule="constant", at={96: qat.freeze}
+control_history = fit(
+    control, task.train, steps=120, optimizer=sgd, schedule="constant"
 )
 
-# %% mystnb={"image": {"alt": "Training loss over 120 steps for the float network and for the network with 4-bit weights. Both start near the same value and fall together; the 4-bit curve lies slightly above or on the float one."}}
+# %%
+# the integers without any training
+before = qat.calibrate(task.train, batches=1).convert()
+qat = QuantWrapper(start).prepare_qat(weight_bits=4)
+qat_history = fit(
+    qat,
+    task.train,
+    steps=120,
+    optimizer=sgd,
+    schedule="constant",
+    at={96: qat.freeze},
+)
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Training loss over 120 steps for the float network and for the network with 4-bit weights. Both start near the same value and fall together; the 4-bit curve lies slightly above or on the float one."}}
 curves(
     {"float": control_history.loss, "QAT, 4 bits": qat_history.loss},
-    xlabel="step", ylabel="training loss",
-)  # fmt: skip
+    xlabel="step",
+    ylabel="training loss",
+)
 
 # %% tags=["nbval-ignore-output"]
-first, last = np.mean(qat_history.loss[:10]), np.mean(qat_history.loss[-10:])
+loss = qat_history.loss
+first, last = np.mean(loss[:10]), np.mean(loss[-10:])
 print(f"QAT loss, mean of 10 steps: first {first:.3f}, last {last:.3f}")
 print(f"float, last 10 steps: {np.mean(control_history.loss[-10:]):.3f}")
 glue("ch06-first-loss", float(first), display=False)
@@ -390,8 +450,9 @@ print("loss at least halved:", last < first / 2)
 
 # %%
 def stored_integers(model):
-    layers = [m for m in model.modules() if hasattr(m, "weight") and callable(m.weight)]
-    return torch.cat([layer.weight().int_repr().flatten() for layer in layers])
+    weights = [getattr(m, "weight", None) for m in model.modules()]
+    packed = [weight() for weight in weights if callable(weight)]
+    return torch.cat([weight.int_repr().flatten() for weight in packed])
 
 
 served = qat.convert()
@@ -402,7 +463,8 @@ print("weights stored as integers:", f"{moved.numel():,}")
 layer, origin = qat.model.layer3[0].conv2, start.layer3[0].conv2
 shift = (layer.weight - origin.weight).detach().abs().flatten(1)
 in_steps = shift / choose_scale(origin.weight.flatten(1), bits=4)[0]
-print(f"integers that changed: {moved.sum().item():,} ({moved.float().mean():.1%})")
+count, share = moved.sum().item(), moved.float().mean()
+print(f"integers that changed: {count:,} ({share:.1%})")
 print(f"a typical hidden weight moved by {in_steps.median():.3f} of a step")
 glue("ch06-moved", moved.float().mean().item(), display=False)
 glue("ch06-shift", in_steps.median().item(), display=False)
@@ -430,9 +492,11 @@ def narrowed(bits):
     top = 2 ** (bits - 1)
     return ao.FusedMovingAvgObsFakeQuantize.with_args(
         observer=ao.MovingAveragePerChannelMinMaxObserver,
-        quant_min=-top, quant_max=top - 1,
-        dtype=torch.qint8, qscheme=torch.per_channel_symmetric,
-    )  # fmt: skip
+        quant_min=-top,
+        quant_max=top - 1,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+    )
 
 
 conv = nn.Conv2d(16, 64, 3, bias=False)
@@ -444,7 +508,8 @@ with torch.no_grad():
 def two_scales(make):
     fake = make()
     fake(conv.weight)  # what a training step does
-    return fake.scale, fake.calculate_qparams()[0]  # rounds with, converts with
+    converted, _ = fake.calculate_qparams()
+    return fake.scale, converted  # rounds with, converts with
 
 
 print("bits  trained scale / converted scale")
@@ -467,9 +532,10 @@ trained, converted = two_scales(narrowed(2))
 flat = conv.weight.detach().flatten(1)  # (64, 144)
 sides = torch.maximum(flat.amax(1) / 1, flat.amin(1) / -2)
 print("trained with: ", torch.equal(trained, sides))
-print("converted with:", torch.equal(converted, choose_scale(flat, bits=2)[0].flatten()))
+ours, _ = choose_scale(flat, bits=2)
+print("converted with:", torch.equal(converted, ours.flatten()))
 
-# %% mystnb={"image": {"alt": "One point for each of 64 channels, trained scale against converted scale at 2 bits. Most points lie well below the dotted line of equality, a few on or above it."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "One point for each of 64 channels, trained scale against converted scale at 2 bits. Most points lie well below the dotted line of equality, a few on or above it."}}
 scatter(
     trained.numpy(),
     converted.numpy(),
@@ -497,12 +563,13 @@ def served_scale(weight):
     ao.prepare_qat(model, inplace=True)
     model(torch.ones(1, 16, 8, 8))
     trained = model[0].weight_fake_quant.scale.clone()
-    served = ao.convert(model.eval())[0].weight().q_per_channel_scales().float()
-    return torch.equal(trained, served)
+    packed = ao.convert(model.eval())[0].weight()
+    return torch.equal(trained, packed.q_per_channel_scales().float())
 
 
-print("narrowed upstream: trained scale is the served scale:", served_scale(narrowed(2)))
-print("the companion's:   trained scale is the served scale:", served_scale(qconfig.weight))
+print("the trained scale is the served scale:")
+print("narrowed upstream:", served_scale(narrowed(2)))
+print("the companion's:  ", served_scale(qconfig.weight))
 
 # %% [markdown]
 # ## Second trap: a tie that falls the other way
@@ -517,7 +584,9 @@ print("the companion's:   trained scale is the served scale:", served_scale(qcon
 # A convolution with 256 channels, batch norm as after some training, activations calibrated:
 
 # %%
-net = nn.Sequential(nn.Conv2d(3, 256, 3, bias=False), nn.BatchNorm2d(256), nn.ReLU())
+net = nn.Sequential(
+    nn.Conv2d(3, 256, 3, bias=False), nn.BatchNorm2d(256), nn.ReLU()
+)
 with torch.no_grad():
     net[0].weight.copy_(draw(256, 3, 3, 3))
     net[1].weight.copy_(draw(256).abs() + 0.5)
@@ -531,15 +600,18 @@ prepared = QuantWrapper(net).prepare_qat(weight_bits=2).calibrate([x])
 
 # %%
 layer = prepared.model[0]
-fold = (layer.bn.weight / torch.sqrt(layer.bn.running_var + layer.bn.eps)).reshape(-1, 1, 1, 1)
-s = layer.weight_fake_quant.scale.reshape(-1, 1, 1, 1)
-trained = torch.round(layer.weight_fake_quant(layer.weight * fold) / s).flatten()
+bn, rounding = layer.bn, layer.weight_fake_quant
+fold = bn.weight / torch.sqrt(bn.running_var + bn.eps)  # (256,)
+folded = layer.weight * fold.reshape(-1, 1, 1, 1)
+s = rounding.scale.reshape(-1, 1, 1, 1)
+trained = torch.round(rounding(folded) / s).flatten()
 upstream = ao.convert(copy.deepcopy(prepared))
 companion = prepared.convert()
 for name, model in {"upstream": upstream, "companion": companion}.items():
     stored = stored_integers(model)
-    print(f"{name}: integers {stored.unique().tolist()},",
-          "some differ from training:", not torch.equal(stored.float(), trained))  # fmt: skip
+    differ = not torch.equal(stored.float(), trained)
+    print(f"{name}: integers {stored.unique().tolist()},", end=" ")
+    print("some differ from training:", differ)
 
 # %% [markdown]
 # `QuantWrapper.convert` sets every weight to its grid point before it hands the model over. A grid
@@ -547,8 +619,9 @@ for name, model in {"upstream": upstream, "companion": companion}.items():
 
 # %%
 with torch.no_grad():
-    for name, model in {"upstream": upstream, "companion": companion}.items():
-        gap = (model(x) - prepared(x)).abs().max() / companion.model[0].scale
+    step = companion.model[0].scale
+    for name, model in (("upstream", upstream), ("companion", companion)):
+        gap = (model(x) - prepared(x)).abs().max() / step
         print(f"{name}: at most one step apart:", gap.item() < 1.5)
 
 # %% [markdown]
@@ -604,7 +677,8 @@ check("ch06-ste", mask)
 # %% tags=["hide-cell"]
 def mask(w, scale, bits):
     steps = torch.round(w * (1 / scale))
-    return ((steps >= -(2 ** (bits - 1))) & (steps < 2 ** (bits - 1))).float()
+    half = 2 ** (bits - 1)
+    return ((steps >= -half) & (steps < half)).float()
 
 
 check("ch06-ste", mask)
@@ -635,7 +709,8 @@ check("ch06-latent", flips)
 # %% tags=["hide-cell"]
 def flips(w, scale, bits, delta):
     ends = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    before, after = (torch.round(v * (1 / scale)).clamp(*ends) for v in (w, w + delta))
+    steps = [torch.round(v * (1 / scale)) for v in (w, w + delta)]
+    before, after = (s.clamp(*ends) for s in steps)
     return (before != after).sum().item()
 
 

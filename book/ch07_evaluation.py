@@ -23,7 +23,7 @@
 #
 # *Running time: about a minute on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import json
 import warnings
 from functools import partial
@@ -47,7 +47,8 @@ from companion.course.check import check
 from companion.course.figures import estimates, estimates_by_bits
 from companion.evaluation.estimates import paired, predict, proportion
 
-warnings.filterwarnings("ignore")  # upstream announces removal at every call; chapter 5 says more
+# upstream announces removal at every call; chapter 5 says more
+warnings.filterwarnings("ignore")
 
 # %% [markdown]
 # ## The number the recipe prints
@@ -60,7 +61,8 @@ warnings.filterwarnings("ignore")  # upstream announces removal at every call; c
 # %%
 task = load_task("digits-5-9", batch_size=25)
 sgd = partial(torch.optim.SGD, lr=0.001, momentum=0.9)
-control = load_pretrained("resnet18", classes=5, weights="digits")  # "auto": ImageNet, online
+# weights="auto" takes ImageNet weights where a network allows
+control = load_pretrained("resnet18", classes=5, weights="digits")
 
 
 def freeze():
@@ -69,7 +71,8 @@ def freeze():
             module.eval()
 
 
-_ = fit(control, task.train, steps=120, optimizer=sgd, schedule="constant", at={96: freeze})
+how = {"steps": 120, "optimizer": sgd, "schedule": "constant"}
+_ = fit(control, task.train, **how, at={96: freeze})
 
 # %% tags=["nbval-ignore-output"]
 control.eval()
@@ -117,8 +120,8 @@ by_hand = wilson(540, 600)
 companion = proportion(np.arange(600) < 540)
 scipy = stats.binomtest(540, 600).proportion_ci(method="wilson")
 print(companion)
-print("all three agree:", np.allclose(by_hand, (companion.low, companion.high)), end=" ")
-print(np.allclose(by_hand, (scipy.low, scipy.high)))
+agree = [np.allclose(by_hand, (e.low, e.high)) for e in (companion, scipy)]
+print("all three agree:", all(agree))
 
 # %% tags=["nbval-ignore-output"]
 result = accuracy(control, task.test)
@@ -129,7 +132,8 @@ glue("ch07-float-high", result.high, display=False)
 
 # %%
 print("the same count:", round(result.value * result.n) == hits)
-print("the same interval:", np.allclose((result.low, result.high), wilson(hits, n)))
+same = np.allclose((result.low, result.high), wilson(hits, n))
+print("the same interval:", same)
 
 # %% [markdown]
 # So the recipe's line reads, in full: accuracy {glue:text}`ch07-float:.3f`, and anything from
@@ -149,14 +153,16 @@ print("the same interval:", np.allclose((result.low, result.high), wilson(hits, 
 rng = np.random.default_rng(0)
 labels = np.zeros(500, int)
 first = np.where(np.arange(500) < 400, 0, 1)  # right on 400 of 500
-second = np.where(np.arange(500) < 380, 0, 1)  # right on 380 of the same 400
-difference = (first == labels).astype(float) - (second == labels)  # (500,) of -1, 0, +1
+second = np.where(np.arange(500) < 380, 0, 1)  # on 380 of the same 400
+right = (first == labels).astype(float)
+difference = right - (second == labels)  # (500,) of -1, 0, +1
 resampled = rng.choice(difference, size=(2000, 500)).mean(1)
 print(f"difference: {difference.mean():.3f}")
-print("95 % of resamples: {:.2f} to {:.2f}".format(*np.quantile(resampled, [0.025, 0.975])))
+ends = np.quantile(resampled, [0.025, 0.975])
+print(f"95 % of resamples: {ends[0]:.2f} to {ends[1]:.2f}")
 
 # %%
-unpaired = [proportion(hits) for hits in (first == labels, second == labels)]
+unpaired = [proportion(answers == labels) for answers in (first, second)]
 print("each alone:", *unpaired, sep="\n  ")
 print("their intervals overlap:", unpaired[0].low < unpaired[1].high)
 together = paired(first, second, labels)
@@ -176,19 +182,27 @@ print("as by hand:", np.allclose(together.difference.low, low, atol=0.005))
 
 # %%
 ptq = QuantWrapper(control).prepare_qat(weight_bits=2).calibrate(task.train)
-qat = QuantWrapper(load_pretrained("resnet18", classes=5, weights="digits")).prepare_qat(2)
-_ = fit(qat, task.train, steps=120, optimizer=sgd, schedule="constant", at={96: qat.freeze})
+start = load_pretrained("resnet18", classes=5, weights="digits")
+qat = QuantWrapper(start).prepare_qat(weight_bits=2)
+_ = fit(qat, task.train, **how, at={96: qat.freeze})
 
-# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "Accuracy with its 95 percent interval for three models: the float control near 0.9, quantization-aware training at 2 bits near 0.8, the control rounded to 2 bits near 0.2, which is chance for five classes."}}
-int2 = {"rounded to 2 bits": ptq.convert(), "trained at 2 bits": qat.convert()}
-live = {"float control": result} | {k: accuracy(m, task.test) for k, m in int2.items()}
+# %% tags=["hide-input", "nbval-ignore-output"] mystnb={"image": {"alt": "Accuracy with its 95 percent interval for three models: the float control near 0.9, quantization-aware training at 2 bits near 0.8, the control rounded to 2 bits near 0.2, which is chance for five classes."}}
+int2 = {
+    "rounded to 2 bits": ptq.convert(),
+    "trained at 2 bits": qat.convert(),
+}
+live = {"float control": result}
+live |= {name: accuracy(model, task.test) for name, model in int2.items()}
 estimates(live, xlabel="accuracy on digits 5 to 9")
 
 # %%
-predictions = {name: predict(model, task.test) for name, model in int2.items()}
+predictions = {
+    name: predict(model, task.test) for name, model in int2.items()
+}
 trained, labels = predictions["trained at 2 bits"]
 rounded, _ = predictions["rounded to 2 bits"]
-print("QAT above PTQ at 2 bits:", paired(trained, rounded, labels).difference.low > 0)
+gain = paired(trained, rounded, labels).difference
+print("QAT above PTQ at 2 bits:", gain.low > 0)
 
 # %% [markdown]
 # ## Three seeds, three widths
@@ -201,20 +215,22 @@ print("QAT above PTQ at 2 bits:", paired(trained, rounded, labels).difference.lo
 results = Path("..") / "benchmarks" / "results" / "classic_road.json"
 content = json.loads(results.read_text())
 made = content["provenance"]
-print(made["command"], "|", made["date"], "| torch", made["versions"]["torch"])
+torch_version = made["versions"]["torch"]
+print(made["command"], "|", made["date"], "| torch", torch_version)
 print("settings:", made["settings"])
 
 
 # %%
 def column(arm, bits, field="predictions"):
     """All seeds' predictions of one arm, one after the other."""
-    rows = [r for r in content["records"] if (r["arm"], r["bits"]) == (arm, bits)]
-    return np.array([int(c) for r in sorted(rows, key=lambda r: r["seed"]) for c in r[field]])
+    in_order = sorted(content["records"], key=lambda r: r["seed"])
+    rows = [r for r in in_order if (r["arm"], r["bits"]) == (arm, bits)]
+    return np.array([int(c) for r in rows for c in r[field]])
 
 
 truth = column("float", 32, "labels")  # (3 seeds x 596 images,)
 pooled = {
-    name: {bits: proportion(column(arm, bits) == truth) for bits in (8, 4, 2)}
+    name: {b: proportion(column(arm, b) == truth) for b in (8, 4, 2)}
     for name, arm in (("QAT", "qat"), ("PTQ", "ptq"))
 }
 reference = proportion(column("float", 32) == truth)
@@ -225,8 +241,10 @@ for bits in (8, 4, 2):
     print(f"{bits:>4}  {pooled['PTQ'][bits]!s:<33}{pooled['QAT'][bits]}")
 print("float control:", reference)
 
-# %% mystnb={"image": {"alt": "Accuracy against bits per weight. Quantization-aware training stays inside or near the float band at 8 and 4 bits and falls a little at 2 bits; post-training quantization falls well below it at 4 bits and to chance at 2 bits."}}
-estimates_by_bits(pooled, ylabel="accuracy", reference=("float control", reference))
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Accuracy against bits per weight. Quantization-aware training stays inside or near the float band at 8 and 4 bits and falls a little at 2 bits; post-training quantization falls well below it at 4 bits and to chance at 2 bits."}}
+estimates_by_bits(
+    pooled, ylabel="accuracy", reference=("float control", reference)
+)
 
 # %% [markdown]
 # The three seeds share their test images: pooled, the intervals speak of these 596 images and of
@@ -236,21 +254,29 @@ estimates_by_bits(pooled, ylabel="accuracy", reference=("float control", referen
 # fake-quantized one predicts, on at least 99 % of the images, at every width.
 
 # %%
+duels = (("ptq", "float"), ("qat", "float"), ("qat", "ptq"))
 for bits in (8, 4, 2):
-    for first, second in (("ptq", "float"), ("qat", "float"), ("qat", "ptq")):
+    for first, second in duels:
         other = column(second, 32 if second == "float" else bits)
         pair = paired(column(first, bits), other, truth)
-        verdict = "tie" if pair.tie else "above" if pair.difference.low > 0 else "below"
-        print(f"{bits} bits: {first} - {second:<6} {pair.difference}  {verdict}")
+        verdict = "above" if pair.difference.low > 0 else "below"
+        print(
+            f"{bits} bits: {first} - {second:<6} {pair.difference}  "
+            f"{'tie' if pair.tie else verdict}"
+        )
 
 # %%
 at8 = paired(column("qat", 8), column("float", 32), truth).difference
 at2 = paired(column("qat", 2), column("ptq", 2), truth).difference
 print("int8 QAT not below its float control:", at8.low > -0.02)
 print("2-bit QAT above 2-bit PTQ:", at2.low > 0)
+agree = {}
 for bits in (8, 4, 2):
-    same = paired(column("qat", bits), column("qat fake", bits), truth).agreement
-    print(f"fake and converted agree at {bits} bits: {same:.4f}", same >= 0.99)
+    fake, real = column("qat fake", bits), column("qat", bits)
+    agree[bits] = paired(real, fake, truth).agreement
+shown = [f"{share:.4f} at {bits} bits" for bits, share in agree.items()]
+print("fake and converted agree:", ", ".join(shown))
+print("✓" if min(agree.values()) >= 0.99 else "✗", "on 99 % or more")
 
 # %% [markdown]
 # A remark before anyone quotes this: the control is a modest one. The recipe's learning rate of
@@ -264,7 +290,8 @@ for bits in (8, 4, 2):
 # %%
 sizes = {}
 for bits in (8, 4, 2):
-    wrapper = QuantWrapper(control).prepare_qat(bits).calibrate(task.train, batches=1)
+    wrapper = QuantWrapper(control).prepare_qat(bits)
+    wrapper = wrapper.calibrate(task.train, batches=1)
     sizes[bits] = model_bytes(wrapper.convert())
 print("bytes of the float file:", model_bytes(control))
 print("bytes when converted:   ", sizes)
@@ -311,7 +338,8 @@ check("ch07-wilson", interval)
 def interval(k, n):
     z = 1.959963984540054
     spread = np.sqrt(k * (n - k) / n + z * z / 4)
-    return (k + z * z / 2 - z * spread) / (n + z * z), (k + z * z / 2 + z * spread) / (n + z * z)
+    centre, half = k + z * z / 2, z * spread
+    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
 
 
 check("ch07-wilson", interval)

@@ -24,14 +24,15 @@
 #
 # *Running time: about two minutes on two cores.*
 
-# %%
+# %% tags=["hide-input"]
 import copy
 import json
 import re
 import tempfile
+import textwrap
 import warnings
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import exp
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import companion
+import companion.course
 from companion import Estimate, fit, load_pretrained, load_task, perplexity
 from companion.course.check import check
 from companion.course.corpus import language_reference, ngrams
@@ -57,7 +58,8 @@ from companion.evaluation.language import (
     loss_difference,
 )
 
-warnings.filterwarnings("ignore", message="IProgress not found")  # no bars are shown here
+# no bars are shown here
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 # %% [markdown]
 # ## From letters to tokens
@@ -70,7 +72,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # no bars are 
 
 # %%
 sentence = "the lizard saw the wizard and the wizard saw the blizzard"
-words = [list(word.replace(" ", "Ġ")) for word in re.findall(r" ?\w+", sentence)]
+spaced = re.findall(r" ?\w+", sentence)
+words = [list(word.replace(" ", "Ġ")) for word in spaced]
 vocabulary = sorted({letter for word in words for letter in word})
 print(words[1], len(vocabulary), "letters to begin with")
 
@@ -78,8 +81,11 @@ print(words[1], len(vocabulary), "letters to begin with")
 # %%
 def most_frequent_pair(words):
     counts = Counter(pair for word in words for pair in pairwise(word))
-    place = vocabulary.index  # among equals, the pair that stands first in the vocabulary
-    return min(counts, key=lambda pair: (-counts[pair], place(pair[0]), place(pair[1])))
+
+    def rank(pair):  # among equals, the first in the vocabulary
+        return -counts[pair], *map(vocabulary.index, pair)
+
+    return min(counts, key=rank)
 
 
 def glue_together(word, pair):
@@ -98,7 +104,7 @@ for _ in range(8):
     vocabulary.append("".join(pair))
     merges.append(pair)
     print(pair[0], "+", pair[1], "->", vocabulary[-1])
-print(words)
+print(textwrap.fill(str(words), 76))
 
 # %% [markdown]
 # The companion trains its tokenizers with the library `tokenizers`, on bytes instead of letters, so
@@ -109,17 +115,23 @@ print(words)
 tiny = train_tokenizer([sentence], vocabulary=256 + 1 + 8)
 upstream = json.loads(tiny.backend_tokenizer.to_str())["model"]["merges"]
 print("the same merges:", [tuple(pair) for pair in upstream] == merges)
-print("the same tokens:", tiny.tokenize(sentence) == [token for word in words for token in word])
+ours = [token for word in words for token in word]
+print("the same tokens:", tiny.tokenize(sentence) == ours)
 
 # %% [markdown]
 # The tokenizer that comes with the model made its merges on all of the training text.
 
 # %%
 tokenizer = load_tokenizer("docs-lm")
-line = "Return the sorted keys of a dictionary; raises TypeError for an unhashable wizard."
+line = (
+    "Return the sorted keys of a dictionary; "
+    "raises TypeError for an unhashable wizard."
+)
 tokens = encode([line], tokenizer)[0]
-print(tokenizer.convert_ids_to_tokens(tokens))
-print("vocabulary:", len(tokenizer), "  there and back:", tokenizer.decode(tokens) == line)
+pieces = tokenizer.convert_ids_to_tokens(tokens)
+print(textwrap.fill(str(pieces), 76))
+same = tokenizer.decode(tokens) == line
+print("vocabulary:", len(tokenizer), "  there and back:", same)
 print("tokens:", len(tokens), "for", len(line), "characters")
 
 # %% [markdown]
@@ -132,13 +144,13 @@ print("tokens:", len(tokens), "for", len(line), "characters")
 # training run says what was read.
 
 # %%
-shipped = Path(companion.__file__).parent / "assets" / "docs-lm" / "training.json"
-report = json.loads(shipped.read_text())
+assets = Path(companion.course.__file__).parent / "assets"
+report = json.loads((assets / "docs-lm" / "training.json").read_text())
 print("documents (train, validation, test):", report["documents"])
-print(
-    "tokens to train on:", f"{report['training_tokens']:,}", "  seen:", f"{report['tokens_seen']:,}"
-)
-print("packages:", *sorted(report["versions"]))
+there, seen = report["training_tokens"], report["tokens_seen"]
+print(f"tokens to train on: {there:,}   seen: {seen:,}")
+packages = ", ".join(sorted(report["versions"]))
+print(textwrap.fill(f"packages: {packages}", 76))
 print("sha256 of the text:", report["corpus_sha256"][:16])
 
 # %% [markdown]
@@ -152,7 +164,10 @@ print("sha256 of the text:", report["corpus_sha256"][:16])
 
 # %%
 reference = language_reference()
-splits = {part: getattr(reference, part) for part in ("train", "validation", "test")}
+splits = {
+    part: getattr(reference, part)
+    for part in ("train", "validation", "test")
+}
 for part, documents in splits.items():
     n = sum(len(ids) for ids in encode(documents, tokenizer))
     print(f"{part:10s} {len(documents):3d} documents {n:7,d} tokens")
@@ -173,17 +188,23 @@ def runs(documents, n=13):
 
 
 by_hand = {part: runs(documents) for part, documents in splits.items()}
-for part, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
-    print(f"13 words in both {part} and {other}:", len(by_hand[part] & by_hand[other]))
+for part, other in combinations(splits, 2):
+    shared = len(by_hand[part] & by_hand[other])
+    print(f"13 words in both {part} and {other}:", shared)
 
 # %% [markdown]
 # The companion's `ngrams` hashes the runs, which is what makes millions of words feasible. It must
 # find as many.
 
 # %%
-hashed = {p: np.unique(np.concatenate([ngrams(d) for d in docs])) for p, docs in splits.items()}
-print("as many distinct runs:", all(len(hashed[p]) == len(by_hand[p]) for p in splits))
-print("shared, hashed:", len(np.intersect1d(hashed["train"], hashed["test"])))
+hashed = {
+    p: np.unique(np.concatenate([ngrams(d) for d in docs]))
+    for p, docs in splits.items()
+}
+same = all(len(hashed[p]) == len(by_hand[p]) for p in splits)
+print("as many distinct runs:", same)
+shared = np.intersect1d(hashed["train"], hashed["test"])
+print("shared, hashed:", len(shared))
 
 # %% [markdown]
 # ## What the model is made of
@@ -192,17 +213,26 @@ print("shared, hashed:", len(np.intersect1d(hashed["train"], hashed["test"])))
 
 # %%
 model = load_pretrained("docs-lm").eval()
-parts = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "feed-forward"}
+parts = {
+    "embed_tokens": "embedding",
+    "self_attn": "attention",
+    "mlp": "feed-forward",
+}
 sizes = Counter()
 for name, p in model.named_parameters():
-    sizes[next((label for key, label in parts.items() if key in name), "norms")] += p.numel()
+    labels = [label for key, label in parts.items() if key in name]
+    sizes[labels[0] if labels else "norms"] += p.numel()
 total = sum(sizes.values())
 for label, n in sizes.most_common():
     print(f"{label:13s} {n:9,d}  {n / total:6.1%}")
 print(f"{'all':13s} {total:9,d}")
 
-# %% mystnb={"image": {"alt": "Horizontal bars of millions of parameters: feed-forward layers the most, then the embedding, then attention; the norms are close to none."}}
-bars({k: n / 1e6 for k, n in sizes.most_common()}, xlabel="million parameters", form="{:.2f}")
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Horizontal bars of millions of parameters: feed-forward layers the most, then the embedding, then attention; the norms are close to none."}}
+bars(
+    {k: n / 1e6 for k, n in sizes.most_common()},
+    xlabel="million parameters",
+    form="{:.2f}",
+)
 
 # %% [markdown]
 # The output layer is missing from the table. It is a `Linear` from 256 numbers to 4,096 scores, and
@@ -210,11 +240,19 @@ bars({k: n / 1e6 for k, n in sizes.most_common()}, xlabel="million parameters", 
 # write.
 
 # %%
-body = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+body = [
+    m
+    for name, m in model.named_modules()
+    if isinstance(m, nn.Linear) and name != "lm_head"
+]
 inside = sum(p.numel() for m in body for p in m.parameters())
-print("one matrix:", model.lm_head.weight is model.get_input_embeddings().weight,
-      tuple(model.lm_head.weight.shape))  # fmt: skip
-print(f"Linear layers without the output: {len(body)}, {inside:,} parameters, {inside / total:.1%}")
+head = model.lm_head.weight
+same = head is model.get_input_embeddings().weight
+print("one matrix:", same, tuple(head.shape))
+print(
+    f"Linear layers without the output: {len(body)}, "
+    f"{inside:,} parameters, {inside / total:.1%}"
+)
 glue("ch08-linear", inside / total, display=False)
 glue("ch08-embedding", sizes["embedding"] / total, display=False)
 
@@ -237,7 +275,8 @@ glue("ch08-embedding", sizes["embedding"] / total, display=False)
 # knows nothing hesitates between all:
 
 # %%
-know_nothing = torch.zeros(5, len(tokenizer), dtype=torch.double)  # (tokens, vocabulary)
+# (tokens, vocabulary)
+know_nothing = torch.zeros(5, len(tokenizer), dtype=torch.double)
 print(round(F.cross_entropy(know_nothing, torch.arange(5)).exp().item(), 6))
 
 # %% [markdown]
@@ -255,7 +294,8 @@ by_hand = nll.mean().exp()
 print(tuple(logits.shape), tuple(nll.shape))
 
 # %% tags=["nbval-ignore-output"]
-for token, x in list(zip(tokenizer.convert_ids_to_tokens(tokens), nll.tolist(), strict=True))[:8]:
+pieces = tokenizer.convert_ids_to_tokens(tokens)
+for token, x in zip(pieces[:8], nll.tolist()[:8], strict=True):
     print(f"{token:12s} probability {exp(-x):.3f}   loss {x:5.2f}")
 print(f"perplexity of the line: {by_hand:.1f}")
 glue("ch08-line", float(by_hand), display=False)
@@ -266,11 +306,17 @@ glue("ch08-line", float(by_hand), display=False)
 
 # %%
 with torch.no_grad():
-    theirs = {"cross_entropy": F.cross_entropy(logits[0, :-1], ids[0, 1:]).exp(),
-              "transformers": model(input_ids=ids, labels=ids).loss.exp()}  # fmt: skip
+    theirs = {
+        "cross_entropy": F.cross_entropy(logits[0, :-1], ids[0, 1:]).exp(),
+        "transformers": model(input_ids=ids, labels=ids).loss.exp(),
+    }
 ours = perplexity(model, DataLoader(windows([tokens], start, size=256)))
-for name, value in (theirs | {"companion": torch.tensor(ours.value)}).items():
-    print(f"{name}:", torch.allclose(value.float(), by_hand, rtol=1e-4))
+theirs["companion"] = torch.tensor(ours.value)
+same = [
+    torch.allclose(value.float(), by_hand, rtol=1e-4)
+    for value in theirs.values()
+]
+print("✓" if all(same) else "✗", "equal to ours:", ", ".join(theirs))
 
 # %% [markdown]
 # ## Every token one turn
@@ -290,9 +336,11 @@ for row in rows:
 
 # %%
 task = load_task("language-reference")
-scored = torch.cat([batch["labels"][batch["labels"] != -100] for batch in task.test])
-written = [token for document in encode(reference.test, tokenizer) for token in document]
-print("each token once, in order:", scored.tolist() == written, f"({len(written):,} tokens)")
+labels = torch.cat([batch["labels"].flatten() for batch in task.test])
+scored = labels[labels != -100].tolist()
+documents = encode(reference.test, tokenizer)
+written = [token for document in documents for token in document]
+print(f"each token of {len(written):,} once, in order:", scored == written)
 
 # %% [markdown]
 # Early tokens of a window have little context, so the perplexity is a little higher than a window
@@ -308,15 +356,21 @@ print("each token once, in order:", scored.tolist() == written, f"({len(written)
 # {term}`bootstrap` over documents, not tokens, because the tokens of a document go together.
 
 # %%
-held_out = {"trigram": Estimate(**report["trigram_perplexity"]),
-            "docs-lm": Estimate(**report["test_perplexity"])}  # fmt: skip
+held_out = {
+    "trigram": Estimate(**report["trigram_perplexity"]),
+    "docs-lm": Estimate(**report["test_perplexity"]),
+}
 for name, e in held_out.items():
-    print(f"{name}: {e.value:.2f} [{e.low:.2f}, {e.high:.2f}], n = {e.n:,} documents")
-print("intervals apart:", held_out["docs-lm"].high < held_out["trigram"].low)
+    print(
+        f"{name}: {e.value:.2f} [{e.low:.2f}, {e.high:.2f}], "
+        f"n = {e.n:,} documents"
+    )
+apart = held_out["docs-lm"].high < held_out["trigram"].low
+print("intervals apart:", apart)
 glue("ch08-held-out", float(held_out["docs-lm"].value), display=False)
 glue("ch08-trigram", float(held_out["trigram"].value), display=False)
 
-# %% mystnb={"image": {"alt": "Held-out perplexity with 95 percent intervals, two rows: the trigram lies far to the right of docs-lm, and the intervals do not touch."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Held-out perplexity with 95 percent intervals, two rows: the trigram lies far to the right of docs-lm, and the intervals do not touch."}}
 estimates(held_out, xlabel="perplexity on held-out docstrings")
 
 # %% [markdown]
@@ -324,15 +378,23 @@ estimates(held_out, xlabel="perplexity on held-out docstrings")
 # {glue:text}`ch08-trigram:.1f`. These numbers come with the weights, from the run that made them;
 # `python -m companion pretrain` repeats it, and `--help` lists its options. Its curve:
 
-# %% mystnb={"image": {"alt": "Validation perplexity on a logarithmic axis against pre-training steps: a steep fall from several thousand in the first thousand steps, then a slow decline that has not quite ended."}}
-curve = {step: exp(loss) for step, loss in report["validation"] if step % 1000 == 0}
-curves({"docs-lm": curve}, xlabel="pre-training step", ylabel="validation perplexity", log_y=True)
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Validation perplexity on a logarithmic axis against pre-training steps: a steep fall from several thousand in the first thousand steps, then a slow decline that has not quite ended."}}
+curve = {
+    step: exp(loss)
+    for step, loss in report["validation"]
+    if step % 1000 == 0
+}
+curves(
+    {"docs-lm": curve},
+    xlabel="pre-training step",
+    ylabel="validation perplexity",
+    log_y=True,
+)
 
 # %%
 losses = [loss for _, loss in report["validation"]]
-print(
-    "every thousand steps better than before:", list(curve.values()) == sorted(curve.values())[::-1]
-)
+better = list(curve.values()) == sorted(curve.values())[::-1]
+print("every thousand steps better than before:", better)
 print("best at the end:", min(losses) == losses[-1])
 
 # %% [markdown]
@@ -344,9 +406,14 @@ print("best at the end:", min(losses) == losses[-1])
 
 # %%
 before = document_losses(model, task.test)
-trigram = Trigram.train(encode(reference.train, tokenizer), vocabulary=len(tokenizer))
-counted = DocumentLosses(trigram.losses(encode(reference.test, tokenizer)), before.tokens)
-print("documents:", len(before.tokens), "  tokens:", f"{before.tokens.sum():,}")
+read, unread = (
+    encode(documents, tokenizer)
+    for documents in (reference.train, reference.test)
+)
+trigram = Trigram.train(read, vocabulary=len(tokenizer))
+counted = DocumentLosses(trigram.losses(unread), before.tokens)
+count = before.tokens.sum()
+print(f"documents: {len(before.tokens)}   tokens: {count:,}")
 
 # %% tags=["nbval-ignore-output"]
 print("trigram, trained on the reference:", as_perplexity(counted))
@@ -357,7 +424,8 @@ glue("ch08-before", as_perplexity(before).value, display=False)
 glue("ch08-counted", as_perplexity(counted).value, display=False)
 
 # %%
-print("docs-lm clearly ahead, though it never saw this text:", ahead.low > 0)
+clearly = ahead.low > 0
+print("docs-lm clearly ahead, though it never saw this text:", clearly)
 
 # %% [markdown]
 # Away from home its perplexity is {glue:text}`ch08-before:.0f` instead of
@@ -370,7 +438,8 @@ print("docs-lm clearly ahead, though it never saw this text:", ahead.low > 0)
 
 # %%
 batch = next(iter(task.train))
-print(tuple(batch["input_ids"].shape), "  batches in the training split:", len(task.train))
+print("one batch:", tuple(batch["input_ids"].shape))
+print("batches in the training split:", len(task.train))
 steps = 60
 print(f"{steps} steps read it {steps / len(task.train):.1f} times")
 
@@ -388,25 +457,38 @@ print(f"{steps} steps read it {steps / len(task.train):.1f} times")
 def train(lr):
     tuned = copy.deepcopy(model)
     history = fit(
-        tuned, task.train, steps=steps, lr=lr, validate_every=20,
+        tuned,
+        task.train,
+        steps=steps,
+        lr=lr,
+        validate_every=20,
         validate=lambda m: document_losses(m, task.validation).mean,
-    )  # fmt: skip
+    )
     return tuned, history
 
 
 small, small_run = train(5e-4)
-print("validated after", [step for step, _ in small_run.validation], "steps")
+looked = [step for step, _ in small_run.validation]
+print("validated after", looked, "steps")
 
 # %%
 large, large_run = train(5e-3)
 runs_by_rate = {"5e-4": small_run, "5e-3": large_run}
 
 # %% tags=["nbval-ignore-output"]
-best = {rate: min(loss for _, loss in run.validation) for rate, run in runs_by_rate.items()}
-gap = {r: run.validation[-1][1] - np.mean(run.loss[-20:]) for r, run in runs_by_rate.items()}
+best = {
+    rate: min(loss for _, loss in run.validation)
+    for rate, run in runs_by_rate.items()
+}
+gap = {
+    r: run.validation[-1][1] - np.mean(run.loss[-20:])
+    for r, run in runs_by_rate.items()
+}
 for rate in runs_by_rate:
-    print(f"rate {rate}: best validation loss {best[rate]:.3f},",
-          f"at the end {gap[rate]:.2f} above the training loss")  # fmt: skip
+    print(
+        f"rate {rate}: best validation loss {best[rate]:.3f},",
+        f"at the end {gap[rate]:.2f} above the training loss",
+    )
 glue("ch08-gap-small", float(gap["5e-4"]), display=False)
 glue("ch08-gap-large", float(gap["5e-3"]), display=False)
 
@@ -414,10 +496,12 @@ glue("ch08-gap-large", float(gap["5e-3"]), display=False)
 print("the smaller rate wins on validation:", best["5e-4"] < best["5e-3"])
 print("the gap is wider at the larger rate:", gap["5e-4"] < gap["5e-3"])
 
-# %% mystnb={"image": {"alt": "Loss against fine-tuning steps for two learning rates, training and validation. Both training losses fall throughout. The validation loss of the smaller rate falls and flattens; that of the larger rate ends above it, far from its own training loss."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Loss against fine-tuning steps for two learning rates, training and validation. Both training losses fall throughout. The validation loss of the smaller rate falls and flattens; that of the larger rate ends above it, far from its own training loss."}}
 lines = {}
 for rate, run in runs_by_rate.items():
-    lines[f"training, {rate}"] = {k + 20: np.mean(run.loss[k : k + 20]) for k in (0, 20, 40)}
+    lines[f"training, {rate}"] = {
+        k + 20: np.mean(run.loss[k : k + 20]) for k in (0, 20, 40)
+    }
     lines[f"validation, {rate}"] = dict(run.validation)
 curves(lines, xlabel="fine-tuning step", ylabel="loss (nats per token)")
 
@@ -447,7 +531,7 @@ glue("ch08-gain", gain.value, display=False)
 # %%
 print("better by more than 0.1 nats:", gain.low > 0.1)
 
-# %% mystnb={"image": {"alt": "Perplexity on the test split of the language reference with 95 percent intervals, three rows: trigram highest, docs-lm in the middle, docs-lm fine-tuned lowest."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Perplexity on the test split of the language reference with 95 percent intervals, three rows: trigram highest, docs-lm in the middle, docs-lm fine-tuned lowest."}}
 three = {"trigram": counted, "docs-lm": before, "fine-tuned": after}
 estimates(
     {name: as_perplexity(x) for name, x in three.items()},
@@ -462,7 +546,8 @@ estimates(
 
 # %%
 lower = (after.loss < before.loss).sum()
-print("lower loss on at least 15 of", len(before.loss), "documents:", lower >= 15)
+n = len(before.loss)
+print(f"lower loss on at least 15 of {n} documents:", lower >= 15)
 
 # %% [markdown]
 # ## What it writes
@@ -493,10 +578,16 @@ for name, ids in written.items():
 
 # %%
 ids = torch.tensor([[start, *encode([prompt], tokenizer)[0]]])
-theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40,
-                        do_sample=False, use_cache=False)  # fmt: skip
+theirs = model.generate(
+    ids,
+    attention_mask=torch.ones_like(ids),
+    max_new_tokens=40,
+    do_sample=False,
+    use_cache=False,
+)
 theirs = [token for token in theirs[0, 1:].tolist() if token != start]
-print("generate writes the same:", theirs == written["before"][0, 1:].tolist())
+same = theirs == written["before"][0, 1:].tolist()
+print("generate writes the same:", same)
 
 # %% [markdown]
 # That is how far 3.4 million parameters get. The grammar holds for a few words, the content for
@@ -525,16 +616,26 @@ print("generate writes the same:", theirs == written["before"][0, 1:].tolist())
 with tempfile.TemporaryDirectory() as folder:
     text = Path(folder, "my_text.txt")
     people = ("the scarecrow", "the lion", "the woodman", "Toto")
-    lines = [f"Return the way of {who} to day {n} of the road." for who in people for n in range(5)]
+    lines = [
+        f"Return the way of {who} to day {n} of the road."
+        for who in people
+        for n in range(5)
+    ]
     text.write_text("\n\n".join(lines))
     small.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     mine = load_pretrained(folder)
-    own = load_task(str(text), tokenizer=load_tokenizer(folder), block_size=32, batch_size=2)
+    own = load_task(
+        str(text),
+        tokenizer=load_tokenizer(folder),
+        block_size=32,
+        batch_size=2,
+    )
 
 # %%
 result = perplexity(mine, own.test)
-print("documents to test on:", result.n, "  finite:", np.isfinite(result.value))
+finite = np.isfinite(result.value)
+print("documents to test on:", result.n, "  finite:", finite)
 history = fit(mine, own.train, steps=10, lr=5e-4)
 print("learns it:", perplexity(mine, own.test).value < result.value)
 
