@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from companion.data.task import Task
+from companion.errors import SchemeError
 from companion.numerics.scheme import QuantScheme
 from companion.study.recipes import ARMS, FLOAT, NEAREST, Arm
 from companion.study.runs import TUNING_SEED, Log, Runs, rate_key
@@ -72,10 +73,13 @@ def compare(
     embeddings : bool
         Round embeddings, too, as in `prepare_qat`.
     log : path, optional
-        JSON file that receives every finished run; the same call goes on from it.
+        JSON file that receives every finished run; the same call goes on from it. A run is the
+        same if the weights it starts from, all the data, the arm and its functions, every setting
+        and the versions of companion, torch and transformers are.
     models : path, optional
         Folder that receives the quantized model of every scheme and method, with seed 0, as
-        `save_quantized` writes it: ``<models>/W4-g32-default``.
+        `save_quantized` writes it: ``<models>/W4-g32-default``. A model that the log knows of
+        and the folder lacks is trained again; a later comparison replaces those of its names.
     progress : bool
 
     Returns
@@ -87,7 +91,10 @@ def compare(
     Raises
     ------
     ValueError
-        For a method that is neither known nor an Arm.
+        For a method that is neither known nor an Arm, two arms of one name, or rates that lack
+        an arm's.
+    CheckpointError
+        If the log is none, or a folder for a model holds files of other origin.
 
     Examples
     --------
@@ -102,14 +109,17 @@ def compare(
     >>> bool(table.loc[("W2 row", "nearest"), "damage"] > 0)
     True
     """
-    arms = [NEAREST, *(_arm(method) for method in methods if method != NEAREST.name)]
-    study = Runs(model, task, steps, tuple(skip), Log(log), progress, models,
-                 embeddings)  # fmt: skip
+    arms = _distinct(methods)
+    schemes = _schemes(schemes)
+    if models is not None and seeds < 1:
+        raise ValueError("models keeps those of seed 0: let seeds be at least 1")
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    study = Runs(model, task, steps, skip, Log(log), progress, models, embeddings)
+    if models is not None:
+        study.check_folders((arm, scheme) for arm in arms for scheme in schemes)
     tuned = [arm for arm in arms if arm.float_share < 1]
-    chosen = dict(rates) if isinstance(rates, Mapping) else {}
     wanted = [(FLOAT, None)] + [(arm, scheme) for arm in tuned for scheme in schemes]
-    if len(rates) == 1 and not chosen:
-        chosen = {rate_key(*pair): rates[0] for pair in wanted}
+    chosen = _given(rates, [rate_key(*pair) for pair in wanted])
     trials = 0 if chosen else len(rates) * len(wanted)
     with tqdm(total=trials + seeds * (1 + len(schemes) * len(arms)), desc="runs",
               **({} if progress else {"disable": True})) as study.bar:  # fmt: skip
@@ -167,10 +177,50 @@ def trial(
     return study.get(_arm(method), scheme, TUNING_SEED, steps, rate, chosen, test=False)
 
 
+def _distinct(methods: Sequence[str | Arm]) -> list[Arm]:
+    """The arms of a comparison, rounding to nearest first, each once and of its own name."""
+    if isinstance(methods, (str, Arm)):
+        methods = [methods]
+    arms: dict[str, Arm] = {FLOAT.name: FLOAT, NEAREST.name: NEAREST}
+    for arm in map(_arm, methods):
+        if arms.setdefault(arm.name, arm) != arm:
+            raise ValueError(
+                f"two different arms are called {arm.name!r}, and would become one row: give one "
+                "another name, as in dataclasses.replace(arm, name=...)"
+            )
+    return [arm for arm in arms.values() if arm is not FLOAT]
+
+
+def _schemes(schemes: Sequence[QuantScheme]) -> list[QuantScheme]:
+    if isinstance(schemes, QuantScheme):
+        schemes = [schemes]
+    for scheme in schemes:
+        if not isinstance(scheme, QuantScheme):
+            raise SchemeError(
+                f"{scheme!r} is no scheme: give companion.W4 or another QuantScheme, or read its "
+                "name with parse_scheme"
+            )
+    return list(dict.fromkeys(schemes))
+
+
+def _given(rates: Sequence[float] | Mapping[str, float], names: list[str]) -> dict[str, float]:
+    """The rates that need no trial: those given by name, or a single one for all."""
+    if not rates:
+        raise ValueError("no learning rate is given: leave rates out, or name at least one")
+    if not isinstance(rates, Mapping):
+        return dict.fromkeys(names, rates[0]) if len(rates) == 1 else {}
+    if lacking := [name for name in names if name not in rates]:
+        raise ValueError(
+            f"rates lack {', '.join(map(repr, lacking))}: give a rate for each method and scheme, "
+            "or a list to choose from"
+        )
+    return dict(rates)
+
+
 def _arm(method: str | Arm) -> Arm:
     if isinstance(method, Arm):
         return method
-    if method not in ARMS:
+    if not isinstance(method, str) or method not in ARMS:
         raise ValueError(
             f"method {method!r} is unknown: choose from {', '.join(ARMS)}, or pass an Arm"
         )

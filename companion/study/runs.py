@@ -6,11 +6,11 @@ Built in chapter 11.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,12 +19,14 @@ from torch import nn
 from tqdm import tqdm
 
 import companion  # its face knows the names of models and tasks; the course stands above
+from companion.errors import CheckpointError
 from companion.evaluation.cost import model_bytes
 from companion.evaluation.language import document_losses
 from companion.evaluation.metrics import METRICS
 from companion.files import write_atomically
 from companion.numerics.scheme import QuantScheme
 from companion.qat.saved import keep_types, save_quantized
+from companion.study.fingerprint import fingerprint, of_task
 from companion.study.recipes import FLOAT, Arm
 from companion.study.tables import scheme_name
 from companion.training.batches import batches
@@ -32,6 +34,8 @@ from companion.training.fit import fit
 from companion.training.losses import default_loss, distillation_loss
 
 TUNING_SEED = 100
+MARK = "run.json"
+"""Beside a kept model: the key of its run in the log."""
 
 
 class Log:
@@ -45,8 +49,15 @@ class Log:
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
-        found = self.path is not None and self.path.exists()
-        self.results: dict[str, Any] = json.loads(self.path.read_text()) if found else {}
+        self.results: dict[str, Any] = {}
+        if self.path is not None and self.path.exists():
+            try:
+                self.results = dict(json.loads(self.path.read_text()))
+            except (ValueError, TypeError):
+                raise CheckpointError(
+                    f"{self.path} is no log of a comparison: give another path, or delete it to "
+                    "begin anew"
+                ) from None
 
     def get(self, key: str, run: Callable[[], Any]) -> Any:
         """Return the stored result of a key, or run for it and store it."""
@@ -80,8 +91,10 @@ class Runs:
         self.embeddings = embeddings
         self.models = None if models is None else Path(models)
         self.bar: tqdm | None = None
-        more = [*self.skip, *(["with embeddings"] if embeddings else [])]
-        self.fingerprint = f"{_fingerprint(self.start)} {' '.join(more)}".strip()
+        self.comparison = fingerprint(
+            _versions(self.start), self.start, of_task(self.task), self.skip, embeddings
+        )
+        self.arms: dict[int, tuple[Arm, str]] = {}  # hashed once: what an arm encloses may change
         self.floats: dict[tuple, nn.Module] = {}  # float phases that several arms share
 
     def tune(self, arm: Arm, scheme, rates: Sequence[float], steps: int, chosen: dict) -> float:
@@ -103,28 +116,53 @@ class Runs:
 
     def get(self, arm, scheme, seed, steps, rate, chosen, test: bool) -> dict:
         """Return one run from the log, or do it; `test` says on which split it is measured."""
-        key = [self.name, self.fingerprint, self.task.name, scheme_name(scheme), arm.name, seed,
-               steps, rate, chosen.get("float") if arm.float_share else None,
-               "test" if test else "validation"]  # fmt: skip
-        return self.log.get(
-            " | ".join(map(str, key)),
-            lambda: self._train(arm, scheme, seed, steps, rate, chosen.get("float"), test),
-        )
+        float_rate = chosen.get("float") if arm.float_share else None
+        recipe = fingerprint(self.comparison, self._arm(arm), scheme, rate, float_rate, steps)
+        key = " | ".join(map(str, (
+            self.name, self.task.name, scheme_name(scheme), arm.name, f"seed {seed}",
+            f"{steps} steps", rate, recipe, "test" if test else "validation",
+        )))  # fmt: skip
+        folder = None
+        if test and seed == 0 and self.models is not None and scheme is not None:
+            folder = self.models / model_folder(arm, scheme)
+            if key in self.log.results and not holds(folder, key):
+                del self.log.results[key]  # of the model only numbers are left: train it again
 
-    def _train(self, arm: Arm, scheme, seed, steps, rate, float_rate, test: bool) -> dict:
+        def run() -> dict:
+            model, record = self._train(arm, scheme, seed, steps, rate, chosen.get("float"), test)
+            if folder is not None:
+                keep(model, folder, key)
+            return record | {"comparison": self.comparison, "recipe": recipe}
+
+        return self.log.get(key, run)
+
+    def check_folders(self, pairs: Iterable[tuple[Arm, QuantScheme]]) -> None:
+        """Refuse, before anything is trained, to write over folders of other origin."""
+        for folder in (self.models / model_folder(*pair) for pair in pairs):
+            if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+                raise CheckpointError(
+                    f"{folder} holds files that no comparison wrote: move it away, or give models "
+                    "another folder"
+                )
+
+    def _arm(self, arm: Arm) -> str:
+        """Hash an arm, functions included, as it was when it was first met."""
+        if id(arm) not in self.arms:
+            self.arms[id(arm)] = arm, fingerprint(arm)
+        return self.arms[id(arm)][1]
+
+    def _train(self, arm: Arm, scheme, seed, steps, rate, float_rate, test: bool):
         first, rest = arm.steps(steps)
         stream = batches(self.task.train, steps, 1000 * seed)
         model = self._float(stream[:first], seed, rate if arm is FLOAT else float_rate)
         history = None
         if arm.prepare is not None:
             teacher = model
-            model = self._prepare(arm, model, scheme)
+            model = self._prepare(arm, copy.deepcopy(model), scheme)
             if rest:
                 loss_fn = distillation_loss(teacher) if arm.distil else default_loss
                 history = self._fit(model, stream[first:], rate, seed, loss_fn)
             model = keep_types(arm.finish(model), self.start)
-        if test and seed == 0 and self.models and scheme is not None:
-            save_quantized(model, self.models / model_folder(arm, scheme))
         validation = document_losses(model, self.task.validation).mean
         record = {
             "model": self.name, "task": self.task.name, "scheme": scheme_name(scheme),
@@ -142,20 +180,18 @@ class Runs:
                 "weight": measured.scores.weight.tolist(),
                 "also": {name: [e.value, e.low, e.high] for name, e in measured.also.items()},
             }  # fmt: skip
-        return record
+        return model, record
 
     def cost(self, arm: Arm, scheme) -> float:
         """Time of an arm's steps over that of as many float steps, timed side by side."""
         share = arm.steps(self.steps)[0] / self.steps
         if share == 1:
             return 1.0
-        key = (
-            f"{self.fingerprint} | {arm.name} | {scheme.weight_bits} | {scheme.activations} | cost"
-        )
+        key = f"{arm.name} | {fingerprint(self.comparison, self._arm(arm), scheme)} | cost"
         return share + (1 - share) * self.log.get(key, lambda: self._step_ratio(arm, scheme))
 
     def _step_ratio(self, arm: Arm, scheme) -> float:
-        models = [copy.deepcopy(self.start), self._prepare(arm, self.start, scheme)]
+        models = [copy.deepcopy(self.start), self._prepare(arm, copy.deepcopy(self.start), scheme)]
         losses = [default_loss, distillation_loss(self.start) if arm.distil else default_loss]
         stream = batches(self.task.train, 6, TUNING_SEED)
         seconds: tuple[list, list] = ([], [])
@@ -167,6 +203,7 @@ class Runs:
         return median(seconds[1][1:]) / median(seconds[0][1:])
 
     def _prepare(self, arm: Arm, model: nn.Module, scheme) -> nn.Module:
+        """Let an arm prepare a model of its own: some change the one that they are given."""
         more = {"embeddings": True} if self.embeddings else {}
         return arm.prepare(model, scheme, self.task, self.skip, **more)
 
@@ -211,10 +248,28 @@ def _size(batch: Any) -> int:
     return sum(value.numel() for name, value in batch.items() if name.endswith("input_ids"))
 
 
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(
-            name.encode() + tensor.detach().cpu().flatten()[:4096].float().numpy().tobytes()
+def _versions(model: nn.Module) -> list[str | None]:
+    """What computes: results of another version are no results of this one."""
+    used = ["companion", "torch", *(["transformers"] if hasattr(model, "config") else [])]
+    return [getattr(sys.modules.get(name), "__version__", None) for name in used]
+
+
+def keep(model: nn.Module, folder: Path, key: str) -> None:
+    """Save a model, and beside it which run it is from."""
+
+    def mark(text: str) -> None:
+        write_atomically(
+            folder / MARK, lambda part: part.write_text(json.dumps({"run": text}) + "\n")
         )
-    return digest.hexdigest()[:12]
+
+    mark("unfinished")
+    save_quantized(model, folder)
+    mark(key)
+
+
+def holds(folder: Path, key: str) -> bool:
+    """Whether a folder holds the model of this very run."""
+    try:
+        return json.loads((folder / MARK).read_text())["run"] == key
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

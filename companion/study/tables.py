@@ -11,26 +11,44 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from companion.errors import extra
-from companion.evaluation.estimates import TAILS, Estimate, Scores
-from companion.numerics.scheme import QuantScheme
+from companion.evaluation.estimates import TAILS, Estimate, Scores, resampled
+from companion.numerics.scheme import W8A8, Activations, QuantScheme
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def scheme_name(scheme: QuantScheme | None) -> str:
-    """Short name of a scheme, such as "W4 g32", "W2 row" or "W8A8 row".
+    """Name a scheme so that no two share it: "W4 g32", "W8A8 row", and what else is unusual.
+
+    Usual are float16 scales and, where activations are rounded, one asymmetric range for each
+    token; for "W8A8 row" what `companion.W8A8` has. Every field that differs is added.
 
     Examples
     --------
     >>> scheme_name(QuantScheme(2, None)), scheme_name(None)
     ('W2 row', 'float')
+    >>> scheme_name(QuantScheme(8, None, activations=Activations(2, "tensor", symmetric=True)))
+    'W8A2 row granularity=tensor symmetric=True'
     """
     if scheme is None:
         return "float"
+    rounded = scheme.activations
     group = "row" if scheme.group_size is None else f"g{scheme.group_size}"
-    activations = f"A{scheme.activations.bits}" if scheme.activations else ""
-    return f"W{scheme.weight_bits}{activations} {group}"
+    name = f"W{scheme.weight_bits}{f'A{rounded.bits}' if rounded else ''} {group}"
+    usual = W8A8 if name == "W8A8 row" else QuantScheme(
+        scheme.weight_bits, scheme.group_size, activations=rounded and Activations(rounded.bits)
+    )  # fmt: skip
+    ours, theirs = (_flat(each.to_dict()) for each in (scheme, usual))
+    return " ".join([name, *(f"{key}={ours[key]}" for key in ours if ours[key] != theirs[key])])
+
+
+def _flat(described: dict) -> dict[str, str]:
+    """The fields of a scheme and of its activations, as text without spaces."""
+    activations = described.pop("activations") or {}
+    fields = described | activations
+    return {key: "..".join(map(str, value)) if isinstance(value, list) else str(value)
+            for key, value in fields.items()}  # fmt: skip
 
 
 def across_seeds(draws: np.ndarray, values: Sequence[float], n: int) -> Estimate:
@@ -88,6 +106,7 @@ class Results:
         self.scores = [Scores(np.array(run["total"]), np.array(run["weight"])) for run in runs]
         self.sign = -1 if runs[0]["higher_is_better"] else 1
         self.n = len(runs[0]["total"])
+        self._draws: np.ndarray | None = None
         first = self.scores[0].weight
         for weight in (scores.weight for scores in self.scores):
             # an F1 score weighs what a model answers; a loss weighs the same tokens in every run
@@ -101,7 +120,9 @@ class Results:
 
     def resampled(self) -> np.ndarray:
         """Bootstrap of the mean over seeds; equal draws for arms on equal examples."""
-        return np.mean([scores.resampled() for scores in self.scores], axis=0)
+        if self._draws is None:
+            self._draws = np.mean(resampled(self.scores), axis=0)
+        return self._draws
 
     def estimate(self) -> Estimate:
         """The mean over seeds, with doubt about examples and seeds."""
@@ -164,19 +185,24 @@ def tabulate(runs: Sequence[dict]) -> pd.DataFrame:
         bound 95 % intervals; ``recovered`` is NaN where there was nothing to recover; ``cost``
         is training time over the control's; ``bytes`` is the whole file. `attrs` keeps the
         runs.
+
+    Raises
+    ------
+    ValueError
+        If the runs are not those of one comparison: of several models or tasks, twice the same
+        seed, arms with other seeds than the control, or no control at all.
     """
     with extra("study"):
         import pandas as pd
 
-    cells: dict[tuple[str, str], list[dict]] = {}
-    for run in runs:
-        cells.setdefault((run["scheme"], run["method"]), []).append(run)
-    control = Results(cells["float", "float"]) if cells else None
+    cells = gather(runs)
+    results = {cell: Results(found) for cell, found in cells.items()}
     rows = {}
     for (scheme, method), found in cells.items():
         if method == "float":
             continue
-        arm, nearest = Results(found), Results(cells[scheme, "nearest"])
+        arm, nearest, control = (results[cell] for cell in (
+            (scheme, method), (scheme, "nearest"), ("float", "float")))  # fmt: skip
         share = None if method == "nearest" else recovered(control, nearest, arm)
         damage, left = worse(nearest, control), difference(arm, control)
         rows[scheme, method] = {
@@ -196,6 +222,55 @@ def tabulate(runs: Sequence[dict]) -> pd.DataFrame:
     table.index = pd.MultiIndex.from_tuples(rows, names=["scheme", "method"])
     table.attrs["runs"] = list(runs)
     return table
+
+
+def gather(runs: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
+    """Sort the runs of one comparison by scheme and method, and each cell's by seed.
+
+    Raises
+    ------
+    ValueError
+        As `tabulate` does.
+
+    Examples
+    --------
+    >>> run = {"model": "m", "task": "t", "steps": 9, "lr": 1e-3}
+    >>> runs = [run | {"scheme": "float", "method": "float", "seed": seed} for seed in (1, 0)]
+    >>> [run["seed"] for run in gather(runs)["float", "float"]]
+    [0, 1]
+    """
+    cells: dict[tuple[str, str], list[dict]] = {}
+    for run in runs:
+        found = cells.setdefault((run["scheme"], run["method"]), [])
+        if run not in found:  # comparisons that are joined share their controls
+            found.append(run)
+    for found in cells.values():
+        found.sort(key=lambda run: run["seed"])
+    control = cells.get(("float", "float"), [])
+    for (scheme, method), found in cells.items():
+        name = f"{method} at {scheme}"
+        if not control or (method != "float" and (scheme, "nearest") not in cells):
+            raise ValueError(
+                f"{name} has nothing to be compared to: keep the runs of the float control, and of "
+                "nearest at the same scheme"
+            )
+        for what in ("model", "task", "metric", "steps", "comparison"):
+            _same(what, [control[0], *found], "tabulate those of one comparison at a time")
+        for what in ("float_steps", "lr", "recipe"):
+            _same(what, found, f"two recipes are called {name}, give each a name of its own")
+        seeds, expected = ([run["seed"] for run in part] for part in (found, control))
+        if len(set(seeds)) < len(seeds) or seeds != expected:
+            raise ValueError(
+                f"{name} has the seeds {seeds}, and the control {expected}: every arm needs each "
+                "seed of the control once"
+            )
+    return cells
+
+
+def _same(what: str, runs: Sequence[dict], remedy: str) -> None:
+    kinds = sorted({str(run.get(what)) for run in runs})
+    if len(kinds) > 1:
+        raise ValueError(f"the runs differ in {what} ({', '.join(kinds)}): {remedy}")
 
 
 def _columns(name: str, estimate: Estimate | None) -> dict[str, float]:

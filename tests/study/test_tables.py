@@ -1,9 +1,14 @@
 """From runs to shares with intervals: arithmetic by hand, coverage by simulation."""
 
+import json
+from dataclasses import fields
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
-from companion import Activations, QuantScheme, recovery
+from companion import W4, W4A8, W8A8, Activations, QuantScheme, recovery
 from companion.evaluation.language import DocumentLosses
 from companion.study.tables import (
     Results,
@@ -28,8 +33,36 @@ def as_run(total, weight, higher_is_better=False):
     return {"total": list(total), "weight": list(weight), "higher_is_better": higher_is_better}
 
 
-def test_names():
-    assert scheme_name(QuantScheme(4, 64, activations=Activations(8))) == "W4A8 g64"
+def test_short_names_stay_short():
+    names = ["float", "W4 g32", "W2 row", "W8A8 row", "W4A8 g32", "W4A8 g64", "W8A2 row"]
+    schemes = [None, W4, QuantScheme(2, None), W8A8, W4A8,
+               QuantScheme(4, 64, activations=Activations(8)),
+               QuantScheme(8, None, activations=Activations(2))]  # fmt: skip
+    assert [scheme_name(scheme) for scheme in schemes] == names
+
+
+def test_no_two_schemes_share_a_name():
+    """Every field of a scheme and of its activations is in the name where it is unusual."""
+    formats = [None] + [
+        Activations(bits, granularity, symmetric, used)
+        for bits in (2, 8)
+        for granularity in ("token", "tensor", "block")
+        for symmetric in (True, False)
+        for used in (None, (0, 3), (-1, 1))
+    ]
+    schemes = [
+        QuantScheme(bits, size, dtype, activations)
+        for bits in (2, 4, 8)
+        for size in (None, 32, 64)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32)
+        for activations in formats
+    ]
+    names = {scheme_name(scheme) for scheme in schemes}
+    assert len(names) == len(set(schemes)) == len(schemes)
+    assert not any("/" in name for name in names)  # they become names of folders
+    assert {f.name for f in fields(QuantScheme)} | {f.name for f in fields(Activations)} == {
+        "weight_bits", "group_size", "scale_dtype", "activations",
+        "bits", "granularity", "symmetric", "range"}, "give the new field values above"  # fmt: skip
 
 
 def test_shares_by_hand():
@@ -128,6 +161,73 @@ def test_intervals_of_means_over_seeds_cover():
         estimate = across_seeds(np.full(2000, values.mean()), values, n=3)
         hits += estimate.low <= 0 <= estimate.high
     assert 0.92 < hits / 400 < 0.98
+
+
+def arms(seeds=(0,), **more):
+    return [run(method, seed, loss, **more) for seed in seeds
+            for method, loss in (("float", 3.0), ("nearest", 4.0), ("good", 3.1))]  # fmt: skip
+
+
+def test_runs_that_are_joined_share_their_controls():
+    joined = arms() + [r if r["method"] != "good" else r | {"method": "new"} for r in arms()]
+    table = tabulate(joined)
+    assert table["seeds"].tolist() == [1, 1, 1]
+    assert table.loc[("W2 g32", "new")].equals(table.loc[("W2 g32", "good")])
+
+
+def test_seeds_are_paired_by_their_number_and_not_by_their_place():
+    """The float control of each seed stands against the same seed's arms."""
+    runs = [run(method, seed, loss + seed) for seed in range(3)
+            for method, loss in (("float", 3.0), ("nearest", 4.0), ("good", 3.1))]  # fmt: skip
+    turned = sorted(runs, key=lambda r: r["seed"] * (1 if r["method"] == "good" else -1))
+    expected, found = tabulate(runs), tabulate(turned)
+    assert found.loc[("W2 g32", "good")].equals(expected.loc[("W2 g32", "good")])
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([*arms(), run("good", 0, 3.2)], r"seeds \[0, 0\], and the control \[0\]"),
+        ([*arms(), run("good", 1, 3.2)], r"seeds \[0, 1\], and the control \[0\]"),
+        (arms((0, 1, 2))[:-1], r"seeds \[0, 1\], and the control \[0, 1, 2\]"),
+        ([*arms(), run("good", 0, 3.2, recipe="b")], "differ in recipe"),
+        ([*arms((0, 1))[:-1], run("good", 1, 3.1, lr=0.01)], "two recipes are called good at W2"),
+        (arms() + arms(scheme="W4 g32", steps=8)[1:], r"differ in steps \(4, 8\)"),
+        (arms() + arms(scheme="W4 g32", model="other")[1:], "differ in model"),
+        (arms() + arms(scheme="W4 g32", task="other")[1:], "differ in task"),
+        (arms() + arms(scheme="W4 g32", comparison="other")[1:], "differ in comparison"),
+        (arms()[1:], "nothing to be compared to"),
+        ([*arms(), run("good", 0, 3.1, scheme="W4 g32")], "nothing to be compared to"),
+    ],
+)
+def test_runs_of_several_comparisons_are_not_mixed_up(runs, message):
+    with pytest.raises(ValueError, match=message):
+        tabulate(runs)
+
+
+PUBLISHED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+
+
+SETTINGS = (
+    "model", "task", "scheme", "method", "arm", "bits", "seed", "steps", "lr", "lever", "range",
+    "start", "teacher", "share_of_divergence", "engine", "precision", "phase", "tokens", "case",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_no_published_table_mixes_runs_up(path):
+    """Each row has one recipe and each seed once, and the files of before are still read."""
+    content = json.loads(path.read_text())
+    records = content["records"]
+    settings = [{key: value for key, value in r.items() if key in SETTINGS} for r in records]
+    assert all(first not in settings[:place] for place, first in enumerate(settings))
+    studies = {}
+    for one in content.get("runs", []):
+        studies.setdefault((one["model"], one["task"]), []).append(one)
+    for runs in studies.values():
+        table = tabulate(runs)
+        assert len(runs) == (len(table) + 1) * table["seeds"].iloc[0]
+        assert (table["seeds"] == content["provenance"]["settings"]["seeds"]).all()
 
 
 def test_other_documents_are_refused():
