@@ -13,7 +13,6 @@ import typer
 from companion.cli.doctor import checks
 
 app = typer.Typer(
-    help="Quantization-aware fine-tuning in PyTorch: the companion of the course.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -22,18 +21,49 @@ Model = Annotated[str, typer.Argument(
     help="docs-lm, a Hub id, a folder with a model, or a file from `companion export`.")]  # fmt: skip
 TaskName = Annotated[str, typer.Option("--task", help="A task of the course, or a text, JSON, CSV "
                                        "or Parquet file of your own.")]  # fmt: skip
+BlockSize = Annotated[int | None, typer.Option(min=2, show_default="256, or what the model takes",
+                      help="Tokens in a row, of language tasks.")]  # fmt: skip
+TextColumn = Annotated[str | None, typer.Option(show_default="text",
+                       help="The column of a file that holds the text.")]  # fmt: skip
+Encoding = Annotated[str | None, typer.Option(show_default="UTF-8, or what the file says",
+                     help="Of a text file, such as latin-1.")]  # fmt: skip
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option(
+        "--traceback", help="After an error, show where in the code it arose.")] = False,
+) -> None:  # fmt: skip
+    """Quantization-aware fine-tuning in PyTorch: the companion of the course."""
+    global show_traceback
+    show_traceback = traceback
+
+
+show_traceback = False
 
 
 @contextmanager
 def one_line(command: str) -> Iterator[None]:
-    """Turn an error of the user's into one line on stderr and exit code 1."""
+    """Turn an error into one line on stderr and exit code 1."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (RuntimeError, ValueError, OSError, ImportError) as error:
+    except (RuntimeError, ValueError, OSError, ImportError) as error:  # ours are among them
+        if show_traceback:
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         typer.echo(f"{command}: {reason}", err=True)
+        raise typer.Exit(code=1) from None
+    except typer.Exit:
+        raise
+    except Exception as error:  # of a library, or a fault of ours: the user still gets one line
+        if show_traceback:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        typer.echo(
+            f"{command}: {reason} (companion --traceback {command} ... shows where)", err=True
+        )
         raise typer.Exit(code=1) from None
 
 
@@ -50,13 +80,17 @@ def finetune(
     lr: Annotated[list[float], typer.Option(
         help="Learning rate; repeated, each is tried on validation.")] = [1e-3],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Round embeddings, too.")] = False,
+    block_size: BlockSize = None,
+    text_column: TextColumn = None,
+    encoding: Encoding = None,
     out: Annotated[Path, typer.Option(help="Folder for the results and models.")] = Path("finetuned"),
 ) -> None:  # fmt: skip
     """Fine-tune in floating point and under rounding, with equal steps, and compare.
 
     Prints the float control, the control rounded to nearest and the quantized model, with 95 %
     intervals. The folder receives results.json and the quantized models. Interrupted, the same
-    command goes on after the last finished run.
+    command goes on after the last finished run; a folder with other content is refused.
 
     Examples:
 
@@ -73,7 +107,8 @@ def finetune(
 
         schemes = [parse_scheme(name) for name in scheme]
         table = run(model, task, schemes, method, folder=out, steps=steps, seeds=seeds, rates=lr,
-                    batch_size=batch_size)  # fmt: skip
+                    batch_size=batch_size, embeddings=embeddings, block_size=block_size,
+                    text_column=text_column, encoding=encoding)  # fmt: skip
     typer.echo(report(table.attrs["runs"]))
     typer.echo(f"written to {out}: {RESULTS} and the quantized models")
 
@@ -82,18 +117,25 @@ def finetune(
 def evaluate(
     model: Model = "docs-lm",
     task: TaskName = "language-reference",
+    block_size: BlockSize = None,
+    text_column: TextColumn = None,
+    encoding: Encoding = None,
 ) -> None:
     """Measure a model on the test split of a task, with its 95 % interval.
 
-    Example: companion evaluate finetuned/W2-g32-default
+    Examples:
+
+      companion evaluate finetuned/W2-g32-default
+
+      companion evaluate served/model.onnx --task notes.csv --text-column body
     """
     with one_line("evaluate"):
-        from companion.cli.stages import open_model, open_tokenizer
-        from companion.course.tasks import load_task
+        from companion.cli.stages import open_for, open_task, open_tokenizer
         from companion.evaluation.metrics import METRICS
 
-        data = load_task(task, tokenizer=open_tokenizer(model))
-        measured = METRICS[data.metric].measure(open_model(model), data)
+        data = open_task(task, open_tokenizer(model), block_size=block_size,
+                         text_column=text_column, encoding=encoding)  # fmt: skip
+        measured = METRICS[data.metric].measure(open_for(model, data), data)
     typer.echo(f"{data.metric}: {measured.scores.estimate()}")
     for name, estimate in measured.also.items():
         typer.echo(f"{name}: {estimate}")
@@ -113,14 +155,18 @@ def export(
     Example: companion export finetuned/W4-g32-default served/model.onnx
     """
     with one_line("export"):
-        from companion.cli.stages import is_quantized, open_model, open_tokenizer
+        from companion.cli.stages import open_model, open_tokenizer, save_tokenizer
+        from companion.course.models import is_quantized
         from companion.errors import WrongStage
         from companion.formats.onnx.export import export_onnx
 
+        if file.suffix != ".onnx":
+            raise ValueError(f"{file} is written as ONNX: give it a name that ends in .onnx")
         if not is_quantized(model):
             raise WrongStage(f"{model} is no folder with a quantized model: finetune makes one")
-        export_onnx(open_model(model), file, accuracy_level=accuracy_level)
-        open_tokenizer(model).save_pretrained(file.parent)
+        quantized = open_model(model)
+        save_tokenizer(open_tokenizer(model), file.parent)  # first: it says where it may not lie
+        export_onnx(quantized, file, accuracy_level=accuracy_level)
     typer.echo(f"written to {file}: {file.stat().st_size / 1e6:.2f} MB")
 
 
@@ -132,25 +178,15 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: int = 0,
 ) -> None:
-    """Let an exported language model go on with a text, as fast as it comes.
+    """Let a language model go on with a text, as fast as it comes; an exported one is fastest.
 
     Example: companion generate served/model.onnx "The for statement"
     """
     with one_line("generate"):
-        from companion.cli.stages import open_tokenizer
-        from companion.formats.onnx.model import OnnxModel
+        from companion.cli.generate import generate as run
 
-        served = OnnxModel(model)
-        tokenizer = open_tokenizer(model)
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        typer.echo(prompt, nl=False)
-        told, shown = [], ""
-        for token in served.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature,
-                                     seed=seed):  # fmt: skip
-            told.append(token)
-            text = tokenizer.decode(told, skip_special_tokens=True)
-            typer.echo(text[len(shown) :], nl=False)
-            shown = text
+        run(model, prompt, lambda text: typer.echo(text, nl=False), max_new_tokens=max_new_tokens,
+            temperature=temperature, seed=seed)  # fmt: skip
     typer.echo()
 
 
@@ -168,9 +204,9 @@ def bench(
     """
     with one_line("bench"):
         from companion.cli.bench import speeds
-        from companion.cli.stages import open_model
+        from companion.cli.stages import open_language_model
 
-        found = speeds({name: open_model(name) for name in models}, prompt=prompt, tokens=tokens,
+        found = speeds({name: open_language_model(name) for name in models}, prompt=prompt, tokens=tokens,
                        rounds=rounds)  # fmt: skip
     first = found[models[0]]
     for name, ms in found.items():

@@ -12,6 +12,7 @@ from statistics import median
 import torch
 from torch import nn
 
+from companion.cli.stages import longest
 from companion.formats.onnx.model import OnnxModel
 
 PAUSE = 0.2
@@ -44,7 +45,9 @@ def speeds(
     ValueError
         If a context is too short for the prompt and two tokens.
     """
-    ids = torch.randint(10, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
+    highest = min(1000, *map(_vocabulary, models.values()))
+    ids = torch.randint(min(10, highest - 1), highest, (1, prompt),
+                        generator=torch.Generator().manual_seed(0))  # fmt: skip
     found: dict[str, dict[str, list]] = {name: {"prefill": [], "decode": []} for name in models}
     for turn in range(rounds + 1):
         for name, model in models.items():
@@ -60,7 +63,8 @@ def speeds(
 @torch.no_grad()
 def _times(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
     """Seconds until the first new token, and for each one after it."""
-    stamps = [time.perf_counter()]
+    prompt, stamps = ids.shape[1], [time.perf_counter()]
+    tokens = int(min(tokens, longest(model) - prompt - 1))
     if isinstance(model, OnnxModel):
         for _ in model.generate(ids, max_new_tokens=tokens + 1, stop=False):
             stamps.append(time.perf_counter())
@@ -72,7 +76,15 @@ def _times(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[float, flo
             stamps.append(time.perf_counter())
     if len(stamps) < 3:
         raise ValueError(
-            f"after {ids.shape[1]} tokens the model's context has no room for two more: time it "
+            f"after {prompt} tokens the model's context has no room for two more: time it "
             "with a shorter prompt"
         )
     return stamps[1] - stamps[0], (stamps[-1] - stamps[1]) / (len(stamps) - 2)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """How many tokens a model knows, as far as it says so."""
+    if isinstance(model, OnnxModel):
+        known = model._session.get_outputs()[0].shape[-1]
+        return known if isinstance(known, int) else 1000
+    return getattr(getattr(model, "config", None), "vocab_size", 1000)

@@ -8,23 +8,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from companion.course.models import load_pretrained
-from companion.course.sources import load_tokenizer
-from companion.course.tasks import load_task
-from companion.errors import UnsupportedModel
+from companion.cli.stages import HEADS, open_model, open_task, open_tokenizer, save_tokenizer
+from companion.errors import CheckpointError, UnsupportedModel
 from companion.files import write_atomically
 from companion.numerics.scheme import QuantScheme
+from companion.qat.prepare import prepare_qat
 from companion.study.compare import compare
+from companion.study.recipes import ARMS, NEAREST
+from companion.study.runs import model_folder
 from companion.study.tables import Results, recovered
 
 if TYPE_CHECKING:
     import pandas as pd
 
-HEADS = {"loss": "lm", "right choices": "lm", "accuracy": "classification",
-         "span F1": "tokens", "recall@1": "retrieval"}  # fmt: skip
-"""What a model ends in, by the metric of the task."""
 FRESH = ("classifier", "score", "pooler")
 """Layers that stay in floating point: a fresh head, and a pooler that no task here asks."""
 RESULTS, LOG = "results.json", "log.json"
@@ -41,7 +39,9 @@ def finetune(
     seeds: int = 1,
     rates: Sequence[float] = (1e-3,),
     batch_size: int = 4,
+    embeddings: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> pd.DataFrame:
     """Compare float, rounding after training and QAT by name, and keep the quantized models.
 
@@ -49,41 +49,99 @@ def finetune(
     ----------
     model, task : str
         As `load_pretrained` and `load_task` take them.
-    schemes, methods, steps, seeds, rates, progress
+    schemes, methods, steps, seeds, rates, embeddings, progress
         As in `companion.compare`.
     folder : path
         Receives ``results.json``, a folder for each quantized model (seed 0) with its tokenizer,
-        and a log, from which an interrupted call goes on.
+        and a log, from which an interrupted call goes on. New, empty, or from an earlier call
+        with the same model, task and settings; schemes, methods and seeds may be added.
     batch_size : int
+    **options
+        Of the task, such as ``block_size``, ``text_column`` and ``encoding``.
 
     Returns
     -------
     pandas.DataFrame
         From `compare`.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds something that this call did not write.
+    UnsupportedModel
+        If the model does not fit the task.
     """
     folder = Path(folder)
-    tokenizer = load_tokenizer(model)
-    data = load_task(task, tokenizer=tokenizer, batch_size=batch_size)
+    tokenizer = open_tokenizer(model)
+    data = open_task(task, tokenizer, batch_size=batch_size, **options)
     sized = {"classes": len(data.classes)} if data.classes else {}
-    start = load_pretrained(model, head=HEADS[data.metric], **sized)
-    made = getattr(getattr(start, "config", None), "architectures", None) or []
-    if HEADS[data.metric] == "lm" and not any(
-        n.endswith(("CausalLM", "LMHeadModel")) for n in made
-    ):
-        raise UnsupportedModel(f"{model} is no language model, and {task} needs one")
+    start = open_model(model, head=HEADS[data.metric], **sized)
+    if hasattr(start, "quantization") or model.endswith(".onnx"):
+        raise UnsupportedModel(
+            f"{model} is quantized already, and finetune starts from floating point"
+        )
     parts = {part for name, _ in start.named_modules() for part in name.split(".")}
+    skip = [name for name in FRESH if name in parts]
+    for scheme in schemes:  # what cannot be quantized is found before anything is trained
+        prepare_qat(start, scheme, "absmax", skip=skip, embeddings=embeddings)
+    asked = {"model": model, "task": task, "steps": steps, "rates": list(rates),
+             "batch_size": batch_size, "embeddings": embeddings,
+             **{name: value for name, value in options.items() if value is not None}}  # fmt: skip
+    names = [model_folder(ARMS[method], scheme) for scheme in schemes
+             for method in dict.fromkeys((NEAREST.name, *methods)) if method in ARMS]  # fmt: skip
+    content = _claim(folder, asked, names)
     table = compare(
-        start, data, schemes, methods, steps=steps, seeds=seeds, rates=rates,
-        skip=[name for name in FRESH if name in parts], log=folder / LOG, models=folder,
-        progress=progress,
+        start, data, schemes, methods, steps=steps, seeds=seeds, rates=rates, skip=skip,
+        embeddings=embeddings, log=folder / LOG, models=folder, progress=progress,
     )  # fmt: skip
-    for saved in folder.glob("*/config.json"):
-        tokenizer.save_pretrained(saved.parent)
-    content = {"model": model, "task": task, "steps": steps, "seeds": seeds,
-               "rates": table.attrs["rates"], "runs": table.attrs["runs"]}  # fmt: skip
+    for name in names:
+        if (folder / name).is_dir():
+            save_tokenizer(tokenizer, folder / name)
+    _write(
+        folder,
+        content | {"seeds": seeds, "rates": table.attrs["rates"], "runs": table.attrs["runs"]},
+    )
+    return table
+
+
+def _claim(folder: Path, asked: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    """Note in a folder what is going to be written into it; refuse one that holds other things.
+
+    Returns
+    -------
+    dict
+        What ``results.json`` holds so far.
+    """
+    other = "choose another folder (--out)"
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: {other}")
+    found: dict[str, Any] = {}
+    if folder.exists() and any(folder.iterdir()):
+        try:
+            found = json.loads((folder / RESULTS).read_text())
+            before, known = found["asked"], found["models"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{folder} holds files that finetune did not write: {other}"
+            ) from None
+        for name in asked.keys() | before.keys():
+            if asked.get(name) != before.get(name):
+                raise CheckpointError(
+                    f"{folder} holds runs with {name} {before.get(name)}, not {asked.get(name)}: {other}, "
+                    "or delete it"
+                )
+        foreign = [name for name in models if name not in known and (folder / name).exists()]
+        if foreign:
+            raise CheckpointError(f"{folder / foreign[0]} was not written by finetune: {other}")
+        models = list(dict.fromkeys([*known, *models]))
+    content = {**asked, **found, "asked": asked, "models": list(models)}
+    _write(folder, content)
+    return content
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1)
     write_atomically(folder / RESULTS, lambda partial: partial.write_text(text + "\n"))
-    return table
 
 
 def report(runs: Sequence[dict]) -> str:

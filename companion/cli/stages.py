@@ -5,16 +5,39 @@ Built in chapter 14.
 
 from __future__ import annotations
 
+import filecmp
 import json
+import math
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-from companion.course.models import load_pretrained
-from companion.course.sources import load_tokenizer
-from companion.errors import SourceUnavailable
+from companion.course.images import IMAGES
+from companion.course.models import is_quantized, load_pretrained
+from companion.course.sources import find, load_tokenizer, quiet_transformers
+from companion.course.tasks import load_task
+from companion.data.biencoder import BiEncoder
+from companion.data.task import Task
+from companion.errors import DamagedFile, MissingExtra, SourceUnavailable, UnsupportedModel
 from companion.formats.onnx.model import OnnxModel
 from companion.qat.saved import CONFIG, KEY, load_quantized
+
+HEADS = {"loss": "lm", "right choices": "lm", "accuracy": "classification",
+         "span F1": "tokens", "recall@1": "retrieval"}  # fmt: skip
+"""What a model ends in, by the metric of the task."""
+KINDS = {
+    "lm": "a language model",
+    "classification": "a classifier of texts",
+    "tokens": "a tagger of words",
+    "retrieval": "an encoder of texts",
+    "embedding": "an encoder without a head",
+    "module": "a model of no text",
+}
+SHIFTED = ("camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
+"""Architectures that count positions from the one behind the padding token."""
 
 
 def open_model(name: str, *, head: str | None = None, classes: int | None = None) -> nn.Module:
@@ -31,6 +54,11 @@ def open_model(name: str, *, head: str | None = None, classes: int | None = None
     nn.Module
         In eval mode.
 
+    Raises
+    ------
+    UnsupportedModel
+        If it reads images, or is an encoder-decoder.
+
     Examples
     --------
     >>> open_model("docs-lm").num_parameters()
@@ -38,22 +66,121 @@ def open_model(name: str, *, head: str | None = None, classes: int | None = None
     """
     if name.endswith(".onnx"):
         return OnnxModel(name)
+    _refuse_images(name)
     if is_quantized(name):
-        return load_quantized(name)
-    return load_pretrained(name, head=head, classes=classes).eval()
+        model = load_quantized(name, _retriever(name))
+    else:
+        model = load_pretrained(name, head=head, classes=classes).eval()
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{name} is an encoder-decoder ({model.config.model_type}), and the command line takes "
+            "encoders and decoders: prepare_qat and fit train it in Python"
+        )
+    return model
 
 
-def is_quantized(name: str) -> bool:
-    """Whether a folder was written by `save_quantized`."""
-    config = Path(name, CONFIG)
-    try:
-        return config.is_file() and KEY in json.loads(config.read_text())
-    except ValueError:
-        return False
+def _retriever(folder: str) -> nn.Module | None:
+    """An empty encoder to fill, where the folder holds a `BiEncoder`; transformers knows none."""
+    config = json.loads(Path(folder, CONFIG).read_text())
+    saved, _ = config.pop(KEY), config.pop("quantization_config", None)
+    if saved.get("class") != BiEncoder.__name__:
+        return None
+    if "model_type" not in config:
+        raise DamagedFile(f"{folder} does not say which encoder it holds: fine-tune it anew")
+    with quiet_transformers() as transformers:
+        kind = transformers.CONFIG_MAPPING[config["model_type"]]
+        encoder = transformers.AutoModel.from_config(
+            kind.from_dict(config), attn_implementation=saved.get("attention"), dtype=torch.float32
+        )
+    return BiEncoder(encoder)
+
+
+def open_for(name: str, task: Task) -> nn.Module:
+    """Open a model that can be measured on a task.
+
+    Parameters
+    ----------
+    name : str
+        As in `open_model`.
+    task : Task
+
+    Raises
+    ------
+    UnsupportedModel
+        If the model ends in something else than the task needs, or its head was never trained.
+    """
+    wanted = HEADS[task.metric]
+    model = open_model(name, head=wanted)
+    trained = "finetune makes one"
+    if wanted in ("classification", "tokens") and getattr(model, "fresh", ()):
+        raise UnsupportedModel(
+            f"{name} has no head that was trained for {task.name} ({task.metric}): {trained}"
+        )
+    if kind_of(model) != wanted:
+        raise UnsupportedModel(
+            f"{name} is {KINDS[kind_of(model)]}, and {task.name} needs {KINDS[wanted]}: {trained}"
+        )
+    known = getattr(getattr(model, "config", None), "num_labels", None)
+    if task.classes and known not in (None, len(task.classes)):
+        raise UnsupportedModel(
+            f"{name} knows {known} classes, and {task.name} has {len(task.classes)}: {trained}"
+        )
+    return model
+
+
+def kind_of(model: nn.Module) -> str:
+    """Say what a model ends in, by a key of `KINDS`.
+
+    Examples
+    --------
+    >>> kind_of(open_model("docs-lm"))
+    'lm'
+    """
+    if isinstance(model, BiEncoder):
+        return "retrieval"
+    if isinstance(model, OnnxModel):
+        kind, ending = model.description.kind, model.loss_type
+        if kind != "encoder":
+            return {"decoder": "lm"}.get(kind, kind)
+    else:
+        ending = type(model).__name__
+        if getattr(model, "can_generate", bool)():
+            return "lm"
+    for kind, end in (
+        ("classification", "ForSequenceClassification"),
+        ("tokens", "ForTokenClassification"),
+    ):
+        if ending.endswith(end):
+            return kind
+    return "embedding"
+
+
+def open_task(name: str, tokenizer, **options: Any) -> Task:
+    """Load a task for a model of text.
+
+    Parameters
+    ----------
+    name : str
+        As in `load_task`.
+    tokenizer : PreTrainedTokenizerBase
+        From `open_tokenizer`.
+    **options
+        As in `load_task`; what is None is left to its default.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the task holds images.
+    """
+    _refuse_images(name)
+    given = {option: value for option, value in options.items() if value is not None}
+    return load_task(name, tokenizer=tokenizer, **given)
 
 
 def open_tokenizer(name: str):
     """Load the tokenizer of a model: for an exported file, the one that lies beside it.
+
+    Its ``model_max_length`` is at most what the model takes, so that tasks follow the model.
 
     Parameters
     ----------
@@ -65,10 +192,96 @@ def open_tokenizer(name: str):
     SourceUnavailable
         If there is none.
     """
+    _refuse_images(name)
     folder = str(Path(name).parent) if name.endswith(".onnx") else name
     try:
-        return load_tokenizer(folder)
-    except (OSError, ValueError):
+        tokenizer = load_tokenizer(folder)
+    except (SourceUnavailable, DamagedFile, MissingExtra):
+        raise
+    except Exception:  # where tokenizer.json is damaged, it is no kind of its own
         raise SourceUnavailable(
             f"no tokenizer was found for {name}: tokenizer.json belongs beside the model's file"
         ) from None
+    try:
+        with quiet_transformers() as transformers:
+            most = longest(transformers.AutoConfig.from_pretrained(find(folder)[0]))
+    except (OSError, ValueError, KeyError):  # beside an exported file there is none
+        most = math.inf
+    tokenizer.model_max_length = min(tokenizer.model_max_length, most)
+    return tokenizer
+
+
+def _refuse_images(name: str) -> None:
+    if name in ("resnet18", *IMAGES):
+        raise UnsupportedModel(
+            f"{name} is about images, and the command line takes models of text: prepare_qat, fit and "
+            "accuracy take it in Python"
+        )
+
+
+def open_language_model(name: str) -> nn.Module:
+    """Open a model that goes on with a text.
+
+    Raises
+    ------
+    UnsupportedModel
+        If it ends in something else.
+    """
+    model = open_model(name)
+    if kind_of(model) != "lm":
+        raise UnsupportedModel(
+            f"{name} is {KINDS[kind_of(model)]}, and only a language model goes on with a text"
+        )
+    return model
+
+
+def longest(model: Any) -> float:
+    """Most tokens that a model takes; infinity where it does not say.
+
+    Parameters
+    ----------
+    model : nn.Module or PretrainedConfig
+
+    Examples
+    --------
+    >>> longest(open_model("docs-lm"))
+    256
+    """
+    if isinstance(model, OnnxModel):
+        return model.description.context or math.inf
+    config = getattr(model, "config", model)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for key in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        most = getattr(config, key, None)
+        if isinstance(most, int) and most > 0:
+            return most - (config.pad_token_id + 1 if config.model_type in SHIFTED else 0)
+    return math.inf
+
+
+def save_tokenizer(tokenizer, folder: str | Path) -> None:
+    """Write a tokenizer beside a model, unless files of another one lie there.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    folder : path
+
+    Raises
+    ------
+    FileExistsError
+        If a file would be overwritten by other content.
+    """
+    folder = Path(folder)
+    if folder.resolve() == Path(tokenizer.name_or_path).resolve():
+        return  # where it was read from
+    with tempfile.TemporaryDirectory() as new:
+        tokenizer.save_pretrained(new)
+        files = sorted(file.name for file in Path(new).iterdir())
+        others = [file for file in files if (folder / file).exists()
+                  and not filecmp.cmp(Path(new, file), folder / file, shallow=False)]  # fmt: skip
+        if others:
+            raise FileExistsError(
+                f"{folder} already holds {others[0]} of another model: choose another folder"
+            )
+        tokenizer.save_pretrained(folder)
