@@ -21,7 +21,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
     """Copy a converted model into layers of PyTorch whose weights are torchao's tensors.
 
     Nothing is rounded again: integers and scales are those that were trained. What comes out
-    needs no companion, and goes wherever torchao's models go: `torch.export`, ExecuTorch, vLLM.
+    needs no companion, and `torch.export` takes it.
 
     Parameters
     ----------

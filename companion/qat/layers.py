@@ -120,10 +120,15 @@ class Packed(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # model.half() or .bfloat16() change what is computed with, never what is stored: they
-        # leave bytes alone, and as such the scales are shown to them.
-        self.scale = self.scale.view(torch.uint8)
-        super()._apply(fn, recurse)
-        self.scale = self.scale.view(self.scheme.scale_dtype)
+        # leave bytes alone, and as such it is shown to them.
+        stored = {id(buffer) for buffer in self._buffers.values()}
+
+        def move(t: Tensor) -> Tensor:
+            if id(t) not in stored:
+                return fn(t)
+            return fn(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape)
+
+        super()._apply(move, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
         return self
 
@@ -246,13 +251,6 @@ class QuantizedEmbedding(Packed):
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.values(F.embedding(ids, self.integers), F.embedding(ids, self.scale))
         return rows if self.factor is None else (rows.float() * self.factor).to(rows.dtype)
-
-    def _apply(self, fn, recurse=True):
-        factor = self.factor
-        super()._apply(fn, recurse)
-        if factor is not None:  # like the scales, it keeps its type
-            self.factor = factor.to(self.integers.device)
-        return self
 
 
 def refuse_save_pretrained(model: nn.Module) -> None:

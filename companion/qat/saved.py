@@ -160,7 +160,9 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
             packed.dtype = getattr(torch, description["computes"][name])
         model = replace_modules(model, new)
         aliases = {name: tensors[first] for name, first in description["aliases"].items()}
-        model.load_state_dict(tensors | aliases, assign=True)  # keeps types and sharing
+        model.load_state_dict(tensors | aliases, assign=True)  # keeps types
+        for name, first in description["aliases"].items():
+            _share(model, name, first)
         for name, dtype in description["buffers"].items():
             owner, _, key = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -183,6 +185,12 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
     )
     refuse_save_pretrained(model)
     return model.eval().requires_grad_(False)
+
+
+def _share(model: nn.Module, name: str, first: str) -> None:
+    """Put the parameter or buffer of one name under another one, too."""
+    (owner, _, key), (origin, _, source) = name.rpartition("."), first.rpartition(".")
+    setattr(model.get_submodule(owner), key, getattr(model.get_submodule(origin), source))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 from companion import (
@@ -109,3 +110,28 @@ def test_refusals():
     blocks = convert(prepare_qat(layer, QuantScheme(4, activations=BLOCK8)))
     with pytest.raises(UnsupportedModel, match="no counterpart"):
         to_torchao(blocks)
+
+
+@torch.no_grad()
+def test_quiet_inputs_agree_too():
+    torch.manual_seed(0)
+    q = convert(prepare_qat(nn.Sequential(nn.Linear(64, 8)), W8A8, "absmax"))
+    theirs = to_torchao(q)
+    for exponent in range(-8, 5):
+        x = torch.randn(4, 64) * 10.0**exponent
+        expected = q(x)
+        # the order of 64 float32 sums
+        assert (theirs(x) - expected).abs().max() <= 4e-6 * expected.abs().max()
+
+
+def test_neither_record_nor_refusal_travels(tmp_path):
+    llama = hf.LlamaForCausalLM(hf.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4))  # fmt: skip
+    converted = convert(prepare_qat(llama, W4))
+    theirs = to_torchao(converted)
+    assert "save_pretrained" not in vars(theirs)
+    assert not hasattr(theirs, "quantization")
+    assert hasattr(converted, "quantization")
+    with pytest.raises(WrongStage, match="save_quantized"):
+        converted.save_pretrained(tmp_path)

@@ -297,6 +297,15 @@ def test_a_layer_without_memory_keeps_its_types_and_can_be_filled(scheme):
         assert torch.equal(filled(x), expected)
 
 
+def test_a_factor_keeps_its_type_like_what_is_stored():
+    scheme, factor = W4, torch.tensor(11.3137)
+    for changed in (nn.Module.half, nn.Module.bfloat16, lambda m: m.to("meta")):
+        table = changed(QuantizedEmbedding(9, 64, scheme=scheme, factor=factor))
+        assert (table.factor.dtype, table.factor.shape) == (torch.float32, ())
+        assert table.factor.is_meta or torch.equal(table.factor, factor)
+    assert table.to_empty(device="cpu").factor.dtype == torch.float32
+
+
 @pytest.mark.parametrize("scheme", [W2, W4, W8, W4A8, W8A8], ids=str)
 @pytest.mark.parametrize("method", ["absmax", "mse", "lsq"])
 @torch.no_grad()
