@@ -27,8 +27,9 @@ from companion import (
     load_quantized,
     prepare_qat,
     save_quantized,
+    to_torchao,
 )
-from companion.errors import NothingToTrain, UnsupportedModel
+from companion.errors import NothingToTrain, UnsupportedModel, WrongStage
 from companion.qat.layers import DynamicInt8Linear, Packed, QuantizedEmbedding, QuantizedLinear
 from companion.qat.saved import WEIGHTS
 
@@ -75,7 +76,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, **config) -> hf.PreTrain
 
 @torch.no_grad()  # with a gradient, T5's attention takes another kernel
 def outputs(model, ids: torch.Tensor = IDS) -> torch.Tensor:
-    decoder = {"decoder_input_ids": ids} if model.config.model_type == "t5" else {}
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     return model(input_ids=ids, **decoder)[0]
 
 
@@ -181,13 +182,94 @@ def test_tying_saves_exactly_the_bytes_of_one_table(tmp_path):
     assert sizes[1] - sizes[0] == 96 * 64 // 2 + 96 * 2 * 2  # integers and scales
 
 
-def test_gemmas_scaled_embedding_stays_float_together_with_its_head(tmp_path):
-    prepared, converted, _ = check_trained_equals_converted_equals_reloaded(
-        tiny("gemma3"), W4, tmp_path, embeddings=True
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gemmas_scaled_embedding_is_rounded_before_it_is_scaled(dtype, tmp_path):
+    prepared, converted, reloaded = check_trained_equals_converted_equals_reloaded(
+        tiny("gemma3", dtype), W4, tmp_path, embeddings=True
     )
-    assert "forward of its own" in prepared.quantization.skipped["model.embed_tokens"]
-    assert prepared.quantization.skipped["lm_head"] == "tied to model.embed_tokens"
-    assert converted.lm_head.weight is converted.model.embed_tokens.weight
+    assert not prepared.quantization.skipped
+    table = prepared.model.embed_tokens
+    for m in (converted, reloaded):
+        assert torch.equal(m.model.embed_tokens.factor, torch.tensor(8.0))  # sqrt(64)
+        assert m.lm_head.integers.data_ptr() == m.model.embed_tokens.integers.data_ptr()
+    assert torch.equal(table(IDS), 8 * table.quantizer(table.weight)[IDS])
+    assert torch.equal(to_torchao(converted)(IDS).logits, outputs(prepared))
+
+
+def test_barts_embeddings_are_rounded_and_its_positions_are_not(tmp_path):
+    torch.manual_seed(0)
+    config = hf.BartConfig(vocab_size=96, d_model=64, encoder_layers=1, decoder_layers=1,
+                           encoder_attention_heads=4, decoder_attention_heads=4,
+                           encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=32,
+                           scale_embedding=True)  # fmt: skip
+    prepared, *_ = check_trained_equals_converted_equals_reloaded(
+        hf.BartForConditionalGeneration(config).eval(), W4, tmp_path, embeddings=True
+    )
+    own = "BartLearnedPositionalEmbedding is a subclass with a forward of its own"
+    assert prepared.quantization.skipped == {
+        "model.encoder.embed_positions": own, "model.decoder.embed_positions": own}  # fmt: skip
+
+
+SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1}
+OTHERS = {
+    "mamba": (lambda: hf.MambaForCausalLM(hf.MambaConfig(**SMALL, state_size=8)), ["in_proj"]),
+    "mamba2": (
+        lambda: hf.Mamba2ForCausalLM(
+            hf.Mamba2Config(**SMALL, state_size=8, num_heads=8, head_dim=16, n_groups=1,
+                            chunk_size=8)
+        ),
+        ["in_proj", "lm_head"],
+    ),
+    "falcon": (
+        lambda: hf.FalconForCausalLM(hf.FalconConfig(**SMALL, num_attention_heads=4)),
+        ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    ),
+    "bloom": (
+        lambda: hf.BloomForCausalLM(hf.BloomConfig(**SMALL, n_head=4)),
+        ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_architectures_with_ways_of_their_own(name):
+    build, layers = OTHERS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    prepared = prepare_qat(model, W2).eval()
+    assert [layer.split(".")[-1] for layer in prepared.quantization.layers] == layers
+    expected = outputs(prepared)
+    # what stays float is copied, and a matrix elsewhere in memory may be summed in another order
+    assert torch.allclose(outputs(convert(prepared)), expected, rtol=0, atol=1e-5)
+    assert (outputs(model) - expected).abs().max() > 1e-3
+
+
+def test_mamba_says_which_weights_it_reads():
+    skipped = prepare_qat(OTHERS["mamba"][0](), W4).quantization.skipped
+    why = "MambaMixer reads its weight past its forward"
+    assert {name.split(".")[-1] for name, reason in skipped.items() if reason == why} == {
+        "x_proj", "dt_proj", "out_proj"}  # fmt: skip
+    assert skipped["backbone.layers.0.mixer.conv1d"].startswith("a Conv1d")
+
+
+@pytest.mark.parametrize("method", ["absmax", "mse", "lsq"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_resized_before_and_not_after(tied, method):
+    model = tiny("llama", tie_word_embeddings=tied)
+    prepared = prepare_qat(model, W4, method, embeddings=True)
+    prepared.resize_token_embeddings(104, mean_resizing=False)
+    if tied and method == "absmax":  # nothing was found for the old shape
+        assert torch.equal(outputs(convert(prepared)), outputs(prepared))
+        return
+    before = r"resize_token_embeddings and the like\) before prepare_qat"
+    with pytest.raises(WrongStage, match=before):
+        convert(prepared)
+    if method != "absmax":
+        with pytest.raises(WrongStage, match=before):
+            outputs(prepared)
+    model.resize_token_embeddings(104, mean_resizing=False)
+    prepared = prepare_qat(model, W4, method, embeddings=True)
+    assert torch.equal(outputs(convert(prepared)), outputs(prepared))
 
 
 FRESH = """

@@ -1,12 +1,17 @@
 """From float to rounded to integers: what is prepared, what is refused, and that it trains."""
 
 import copy
+import functools
 import logging
+import types
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 from companion import W2, W3, W4, W4A8, W8, W8A8, QuantScheme, convert, fit, prepare_qat
 from companion.errors import (
@@ -280,4 +285,153 @@ def test_a_model_that_training_broke_is_not_converted():
     with torch.no_grad():
         prepared[2].up.weight[3, 5] = float("nan")
     with pytest.raises(SchemeError, match=r"2\.up are too large .* or not finite"):
+        convert(prepared)
+
+
+def linears(float_model: nn.Module) -> list[nn.Linear]:
+    return [m for m in float_model.modules() if isinstance(m, nn.Linear)]
+
+
+def check_rounded_throughout(float_model: nn.Module) -> nn.Module:
+    """Prepared computes other than float, every step learns, converted computes the same."""
+    prepared = prepare_qat(float_model, W2)
+    prepared(inputs()).square().sum().backward()
+    steps = [p for n, p in prepared.named_parameters() if n.endswith("step")]
+    assert len(steps) == 5
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in steps)
+    converted = convert(prepared.eval())
+    assert torch.equal(converted(inputs()), prepared(inputs()))
+    assert not torch.equal(float_model(inputs()), prepared(inputs()))
+    return converted
+
+
+def test_works_through_the_hooks_of_accelerate():
+    hooked = model().eval()
+    for layer in linears(hooked):
+        add_hook_to_module(layer, AlignDevicesHook("cpu", io_same_device=True))
+        add_hook_to_module(layer, ModelHook(), append=True)
+    add_hook_to_module(hooked[0], AlignDevicesHook("cpu"))
+    converted = check_rounded_throughout(hooked)
+    assert type(converted[0].up._hf_hook).__name__ == "SequentialHook"
+    assert hooked[0].up._old_forward.__self__ is hooked[0].up  # the float model keeps its own
+
+
+def test_works_through_the_hooks_of_a_dispatched_model():
+    check_rounded_throughout(dispatch_model(model().eval(), {"": "cpu"}, force_hooks=True))
+
+
+def test_a_hook_sees_the_layer_that_it_is_on():
+    class Seen(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(type(module).__name__)
+            return args, kwargs
+
+    seen, hooked = [], nn.Sequential(nn.Linear(64, 8))
+    add_hook_to_module(hooked[0], Seen())
+    prepared = prepare_qat(hooked, W4)
+    convert(prepared)(inputs())
+    prepared(inputs())
+    assert seen == ["QuantizedLinear", "FakeQuantLinear"]
+
+
+def test_offloaded_weights_are_refused():
+    with pytest.raises(UnsupportedModel, match=r"0\.up holds no values .* without offloading"):
+        prepare_qat(cpu_offload(model(), execution_device=torch.device("cpu")), W4)
+    with pytest.raises(UnsupportedModel, match="holds no values"), torch.device("meta"):
+        prepare_qat(nn.Sequential(nn.Linear(64, 8)), W4)
+
+
+def by_closure(module):
+    before = module.forward
+    module.forward = lambda x: 2 * before(x)
+
+
+def by_partial(module):
+    module.forward = functools.partial(type(module).forward, module)
+
+
+def by_method(module):
+    module.forward = types.MethodType(lambda self, x: 2 * type(self).forward(self, x), module)
+
+
+def over_a_hook(module):
+    add_hook_to_module(module, ModelHook())
+    by_closure(module)
+
+
+@pytest.mark.parametrize("replace", [by_closure, by_partial, by_method, over_a_hook])
+def test_a_layer_whose_forward_was_replaced_is_refused_by_name(replace):
+    patched = model()
+    replace(patched[2].up)
+    with pytest.raises(UnsupportedModel, match=r"forward of 2\.up was replaced.*skip=\['2\.up'\]"):
+        prepare_qat(patched, W4)
+    assert "2.up" in prepare_qat(patched, W4, skip=["2.up"]).quantization.skipped
+
+
+def test_a_block_whose_new_forward_holds_the_old_block_is_refused():
+    patched = model()
+    by_closure(patched[2])
+    with pytest.raises(UnsupportedModel, match=r"forward of 2 was replaced"):
+        prepare_qat(patched, W4)
+    followed = model().eval()
+    by_method(followed[2])
+    by_partial(followed[0])
+    check_rounded_throughout(followed)
+
+
+def test_compiled_parts_are_refused():
+    parts = model()
+    parts[0].up.compile(backend="eager")  # in place: the copy is as it was before
+    check_rounded_throughout(parts.eval())
+    parts[0] = torch.compile(parts[0], backend="eager")
+    with pytest.raises(UnsupportedModel, match=r"0 was compiled by torch\.compile"):
+        prepare_qat(parts, W4)
+    with pytest.raises(UnsupportedModel, match="the model was compiled"):
+        prepare_qat(torch.compile(model(), backend="eager"), W4)
+
+
+COMPUTED = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.parametrize("skip", [(), ("0",)])
+def test_weights_that_a_hook_computes_are_refused(kind, skip):
+    computed = model()
+    COMPUTED[kind](computed[0].up)
+    with pytest.raises(UnsupportedModel, match=r"0\.up\.weight is computed by a hook"):
+        prepare_qat(computed, W4, skip=skip)
+
+
+def test_parametrized_weights_stay_float_with_a_reason():
+    for parametrize in (parametrizations.weight_norm, parametrizations.spectral_norm):
+        computed = model()
+        parametrize(computed[0].up)
+        prepared = prepare_qat(computed, W4).eval()
+        assert list(prepared.quantization.skipped) == ["0.up"]
+        assert "computed by a parametrization" in prepared.quantization.skipped["0.up"]
+        assert torch.equal(convert(prepared)(inputs()), prepared(inputs()))
+
+
+def test_hooks_of_a_layer_go_on_after_conversion():
+    float_model, kept = model().eval(), []
+    layer = float_model[3]
+    layer.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    layer.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs), with_kwargs=True)
+    layer.register_forward_hook(lambda _, args, output: output + 1)
+    layer.register_forward_hook(lambda *_: kept.append(1), always_call=True)
+    check_rounded_throughout(float_model)
+    assert len(kept) == 5
+
+
+def test_a_layer_that_was_replaced_or_removed_since_is_named():
+    prepared = prepare_qat(model(), W4)
+    prepared[3] = nn.Linear(64, 3)
+    with pytest.raises(WrongStage, match=r"3 is no longer .* \(it is Linear\).*before prepare_qat"):
+        convert(prepared)
+    del prepared[2].up
+    with pytest.raises(WrongStage, match=r"2\.up is no longer .* \(it is gone\)"):
         convert(prepared)
