@@ -55,7 +55,7 @@ def activation_grid(low: Tensor, high: Tensor, form: Activations) -> tuple[Tenso
     Parameters
     ----------
     low, high : Tensor, float32
-        Smallest and largest of the values that share a scale.
+        Smallest and largest of the values that share a scale; may be overwritten.
     form : Activations
 
     Returns
@@ -74,6 +74,7 @@ def activation_grid(low: Tensor, high: Tensor, form: Activations) -> tuple[Tenso
     if form.symmetric:
         largest = torch.maximum(high, -low)
         return (largest / ((qmax - qmin) / 2)).clamp_(min=_SMALLEST_SCALE), 0
-    low, high = low.clamp(max=0), high.clamp(min=0)  # zero is always a grid point
+    # zero is always a grid point; ranges are short, and nobody reads them again
+    low, high = low.clamp_(max=0), high.clamp_(min=0)
     scale = ((high - low) / (qmax - qmin)).clamp_(min=_SMALLEST_SCALE)
     return scale, (qmin - (low / scale).round_()).clamp_(qmin, qmax)
