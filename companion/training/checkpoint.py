@@ -1,16 +1,15 @@
 """Checkpoints without pickle: tensors as safetensors, the rest as JSON in the file's header.
 
-One file, replaced atomically, so that a
-process killed at any moment leaves a complete checkpoint behind. Used by `fit`.
+One file, replaced atomically, so that a process killed at any moment leaves a complete checkpoint
+behind. Used by `fit`; built in chapter 2.
 """
 
 from __future__ import annotations
 
 import json
-import random
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 
 from companion.errors import CheckpointError
 from companion.files import write_atomically
+from companion.training.batches import Stream
+from companion.training.fingerprint import differences
+from companion.training.state import get_rng
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -52,7 +54,7 @@ def write_checkpoint(
     >>> model = nn.Linear(1, 1)
     >>> path = Path(tempfile.mkdtemp(), CHECKPOINT)
     >>> write_checkpoint(path, model, torch.optim.SGD(model.parameters()), 3, {"seed": 0}, {})
-    >>> read_checkpoint(path, {"seed": 0})["step"]
+    >>> read_checkpoint(path)["step"]
     3
     """
     state = optimizer.state_dict()
@@ -65,7 +67,7 @@ def write_checkpoint(
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    rng_tensors, rng_rest = _get_rng()
+    rng_tensors, rng_rest = get_rng()
     tensors |= {f"rng.{key}": value for key, value in rng_tensors.items()}
     meta = {
         "run": run,
@@ -81,23 +83,22 @@ def write_checkpoint(
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
 
-def read_checkpoint(path: Path, run: dict) -> dict:
-    """Read what `write_checkpoint` wrote, and refuse another run's or a damaged file.
+def read_checkpoint(path: Path) -> dict:
+    """Read what `write_checkpoint` wrote.
 
     Parameters
     ----------
     path : Path
-    run : dict
-        The run to be continued; it must equal the one in the file.
 
     Returns
     -------
     dict
-        ``step``, ``history``, ``model``, ``best``, ``optimizer`` and ``rng`` (for `set_rng`).
+        ``step``, ``run``, ``history``, ``model``, ``best``, ``optimizer`` and ``rng`` (for `set_rng`).
 
     Raises
     ------
     CheckpointError
+        If the file is damaged, or something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -105,12 +106,6 @@ def read_checkpoint(path: Path, run: dict) -> dict:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise CheckpointError(f"{path} is not a readable checkpoint ({error}): delete it") from None
-    if meta["run"] != run:
-        differ = ", ".join(f"{k}: {meta['run'][k]} there, {run[k]} here" for k in run
-                           if meta["run"][k] != run[k])  # fmt: skip
-        raise CheckpointError(
-            f"{path} is of another run ({differ}): use its values or a new folder"
-        )
     parts: dict[str, dict] = {"model": {}, "best": {}, "optimizer": {}, "rng": {}}
     for key, value in tensors.items():
         part, name = key.split(".", 1)
@@ -121,6 +116,7 @@ def read_checkpoint(path: Path, run: dict) -> dict:
         state.setdefault(int(index), {})[name] = value
     return {
         "step": meta["step"],
+        "run": meta["run"],
         "history": meta["history"],
         "model": parts["model"],
         "best": parts["best"],
@@ -129,21 +125,72 @@ def read_checkpoint(path: Path, run: dict) -> dict:
     }
 
 
-def _get_rng() -> tuple[dict[str, Tensor], dict]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    return tensors, {"numpy": [kind, position, has_gauss, gauss], "python": random.getstate()}
+@dataclass
+class Keeper:
+    """Keeps the checkpoint of one run in a folder, and takes no other run's for it.
 
+    Parameters
+    ----------
+    folder : path
+    run : dict
+        What must be the same for a run to be continued; JSON values.
+    stream : Stream
+        Of the run; its first batch must be the same, too.
+    """
 
-def set_rng(saved: tuple[dict[str, Tensor], dict]) -> None:
-    """Put the random generators of torch, numpy and Python back as they were saved."""
-    tensors, rest = saved
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    kind, *tail = rest["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *tail))
-    version, state, gauss = rest["python"]
-    random.setstate((version, tuple(state), gauss))
+    folder: str | Path
+    run: dict
+    stream: Stream
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / CHECKPOINT
+
+    def open(self, resume: bool, accumulate: int) -> dict | None:
+        """Return the saved state to be continued, if any; its batches have been drawn then.
+
+        Raises
+        ------
+        CheckpointError
+            If the folder holds a run that was not to be continued, or another one.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # not first after hours
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be a folder ({error}): name another"
+            ) from None
+        if not self.path.exists():
+            return None
+        if not resume:
+            raise CheckpointError(
+                f"{self.path} already holds a run: pass resume=True to continue it, or another "
+                "folder"
+            )
+        saved = read_checkpoint(self.path)
+        first = saved["run"].pop("first batch", None)
+        self._compare(saved["run"], self.run)
+        self.stream.skip(saved["step"] * accumulate)
+        self._compare({"first batch": first}, {"first batch": self.stream.first})
+        return saved
+
+    def write(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        history: dict[str, list],
+        best: dict[str, Tensor],
+    ) -> None:
+        """Replace the checkpoint by one of this moment."""
+        run = self.run | {"first batch": self.stream.first}
+        write_checkpoint(self.path, model, optimizer, step, run, history, best)
+
+    def _compare(self, there: dict, here: dict) -> None:
+        differ = differences(there, here)
+        if differ:
+            more = f", and {len(differ) - 6} more" if len(differ) > 6 else ""
+            raise CheckpointError(
+                f"{self.path} is of another run ({', '.join(differ[:6])}{more}): use its values or a "
+                "new folder"
+            )

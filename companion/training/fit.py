@@ -5,27 +5,37 @@ Built in chapter 2, used by every chapter after it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from companion.errors import CheckpointError, NonFiniteLoss, NothingToTrain
-from companion.training.batches import forever
-from companion.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from companion.training.losses import LossFn, default_loss, distillation_loss
-from companion.training.processes import Processes, is_sharded
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-}
+from companion.errors import CheckpointError, NothingToTrain
+from companion.training.batches import Stream, count_rows, to_device
+from companion.training.checkpoint import Keeper
+from companion.training.fingerprint import (
+    describe,
+    describe_loader,
+    describe_model,
+    describe_optimizer,
+)
+from companion.training.finite import check_finite
+from companion.training.losses import (
+    NOTHING_SCORED,
+    LossFn,
+    count_scored,
+    default_loss,
+    distillation_loss,
+)
+from companion.training.optimizer import make_optimizer, schedule_of, set_rates
+from companion.training.processes import Processes, is_sharded, join
+from companion.training.state import held_interrupt, set_rng
+from companion.training.validation import Validation
 
 
 @dataclass
@@ -55,7 +65,8 @@ def fit(
     loss_fn: LossFn = default_loss,
     teacher: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | Callable[[list], torch.optim.Optimizer] | None = None,
-    lr: float = 5e-4,
+    lr: float | None = None,
+    weight_decay: float | None = None,
     schedule: str | Callable[[float], float] = "cosine",
     clip_norm: float | None = 1.0,
     accumulate: int = 1,
@@ -73,6 +84,7 @@ def fit(
     Started by ``accelerate launch`` or ``torchrun``, the same call shares every batch among the
     processes, each on its own device, in the precision that Accelerate is configured for. Where the
     loss is a mean over rows or over labelled tokens, it is that of one process with the whole batch.
+    Otherwise nothing of Accelerate is imported or asked.
     Only the first shows a bar and writes checkpoints. (A range over a whole batch, as in W8A8 or
     batch norm, is each process's own.)
 
@@ -93,33 +105,42 @@ def fit(
         ``distillation_loss(teacher)``.
     optimizer : optimizer or callable, optional
         An optimizer over this model's parameters, or a function from a parameter list to one,
-        such as ``partial(torch.optim.SGD, lr=0.001, momentum=0.9)``. Default: AdamW at `lr`.
-    lr : float
-        Learning rate of the default optimizer. The default is what the comparison of chapter 11
-        chose on validation for docs-lm; large models take a tenth of it or less.
+        such as ``partial(torch.optim.SGD, lr=0.001, momentum=0.9)``. Default: AdamW at `lr` on the
+        two groups of `companion.training.optimizer.parameter_groups`.
+    lr : float, optional
+        Learning rate of the default optimizer, 5e-4 unless told otherwise: what the comparison of
+        chapter 11 chose on validation for docs-lm; large models take a tenth of it or less.
+    weight_decay : float, optional
+        Of the default optimizer, 0.01 unless told otherwise, for matrices only: neither biases nor
+        norms nor learned quantization steps decay.
     schedule : {"cosine", "linear", "constant"} or callable
         Multiplies the learning rate; a callable receives the progress, 0 to 1.
     clip_norm : float or None
         Largest gradient norm; None leaves gradients alone.
     accumulate : int
-        Batches averaged into one step.
+        Batches of one step, which is that of one batch with all their rows: each counts by its
+        scored tokens.
     at : mapping of int to callable, optional
         Called once just before the step of that number (from 0), for example
         ``{80: wrapper.freeze}``. Repeated on resume, so that the model has the same form.
     validate : callable, optional
         ``validate(model)`` returns a number, lower is better, such as the validation loss. Called
         before the first step, every `validate_every` steps and after the last; at the end
-        the model gets back the weights that did best.
+        the model gets back the weights that did best. Whatever it draws at random, and whether it
+        calls ``model.eval()``, training goes on as before.
     validate_every : int
     seed : int
-        Decides the order of the data and every random draw of the run.
+        Any integer. Decides the order of the data and every random draw of the run.
     checkpoint_dir : path, optional
         Where to keep one `checkpoint.safetensors`, replaced atomically.
     checkpoint_every : int
-        Steps between checkpoints; the last step always writes one.
+        Steps between checkpoints; the last step always writes one, and so do Ctrl-C (once the step
+        is done; in one process, pressed again it stops at once) and an error in `validate`.
     resume : bool
         Continue from the checkpoint, if there is one. The result is bit-identical to a run
-        that was never interrupted, on the same machine with the same number of threads.
+        that was never interrupted, on the same machine with the same number of threads. A run with
+        other settings is refused: functions are compared by name, a teacher by its weights, data
+        by the first batch.
     progress : bool
         Show a bar on stderr (the environment variable TQDM_DISABLE=1 silences it as well).
 
@@ -129,7 +150,7 @@ def fit(
 
     Raises
     ------
-    NothingToTrain, EmptyLoader, NonFiniteLoss, CheckpointError
+    NothingToTrain, EmptyLoader, NonFiniteLoss, CheckpointError, ValueError
         Each with a remedy in its message.
 
     Examples
@@ -141,94 +162,107 @@ def fit(
     """
     if min(steps, accumulate, checkpoint_every, validate_every) < 1:
         raise ValueError("steps, accumulate and the ..._every intervals must be at least 1")
-    if teacher is not None:
-        if loss_fn is not default_loss:
-            raise ValueError(
-                "pass a teacher or a loss_fn, not both; distillation_loss(teacher, temperature, "
-                "share) is a loss_fn"
-            )
-        loss_fn = distillation_loss(teacher)
+    loss_fn = _choose_loss(loss_fn, teacher)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise NothingToTrain(
             "no parameter of this model requires a gradient: quantized modules keep their weights "
             "as packed integers, which do not train. Train before convert(), not after"
         )
-    processes = Processes(parameters[0].device)
-    device = processes.device
-    if device != parameters[0].device:
-        model.to(device)
+    processes = join(parameters[0].device)
+    if processes.device != parameters[0].device:
+        model.to(processes.device)
     model.train()
-    optimizer = _make_optimizer(optimizer, parameters, lr)
-    factor = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    named = schedule if isinstance(schedule, str) else getattr(schedule, "__qualname__", "custom")
-    run = {"steps": steps, "accumulate": accumulate, "seed": seed, "schedule": named}
-    path = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
-    if path is not None and is_sharded(model):
-        raise CheckpointError(
-            "a sharded model has no process that could write all of it: leave checkpoint_dir out "
-            "and save it with torch.distributed.checkpoint"
-        )
-    history, start, rng, best = History(), 0, None, {}
-    if path is not None and path.exists():
-        if not resume:
+    optimizer = make_optimizer(model, optimizer, lr, weight_decay)
+    factor = schedule_of(schedule)
+    stream = Stream(loader, seed)
+    keeper, saved = None, None
+    if checkpoint_dir is not None:
+        if is_sharded(model):
             raise CheckpointError(
-                f"{path} already holds a run: pass resume=True to continue it, or another folder"
+                "a sharded model has no process that could write all of it: leave checkpoint_dir "
+                "out and save it with torch.distributed.checkpoint"
             )
-        saved = read_checkpoint(path, run)
-        start = saved["step"]
+        run = {
+            "steps": steps, "accumulate": accumulate, "seed": seed, "clip_norm": clip_norm,
+            "schedule": describe(schedule), "precision": processes.precision,
+            "loss_fn": describe(loss_fn), "loader": describe_loader(loader),
+            "validate": validate and [describe(validate), validate_every],
+            "model": describe_model(model), "optimizer": describe_optimizer(optimizer),
+        }  # fmt: skip
+        keeper = Keeper(checkpoint_dir, run, stream)
+        saved = keeper.open(resume, accumulate)
+    start = saved["step"] if saved else 0
+    if processes.mean(torch.tensor(float(start))) != start:
+        raise CheckpointError(
+            f"not every process finds the checkpoint of step {start} in {checkpoint_dir}: use a "
+            "folder that all machines share"
+        )
+    history, best = History(), {}
+    if saved:
         for step in sorted(s for s in at or {} if s < start):
             at[step]()
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        history, rng, best = History(**saved["history"]), saved["rng"], saved["best"]
-
-    if processes.mean(torch.tensor(float(start))) != start:
-        raise CheckpointError(
-            f"not every process finds the checkpoint of step {start} in {path}: use a folder that "
-            "all machines share"
-        )
+        history, best = History(**saved["history"]), saved["best"]
+        set_rng(saved["rng"])
     optimizer = processes.optimizer(optimizer)
     loss_of = processes.loss(model, loss_fn)
-    stream = forever(loader, seed, start * accumulate, rng)
-    if validate is not None and not start:
-        best = _validate(model, validate, 0, history, best, processes)
+    validation = Validation(validate, validate_every, steps, history.validation, best)
+    validation(model, start, processes)
+
+    def save(done: int) -> None:
+        if keeper is not None and processes.first:
+            keeper.write(model, optimizer, done, vars(history), validation.best)
+
     # unless told here, TQDM_DISABLE decides
     hide = {} if progress and processes.first else {"disable": True}
-    with tqdm(total=steps, initial=start, desc="fit", leave=False, **hide) as bar:
+    with (
+        tqdm(total=steps, initial=start, desc="fit", leave=False, **hide) as bar,
+        held_interrupt(keeper is not None and processes.count == 1) as interrupted,
+    ):
         for step in range(start, steps):
             if at and step in at:
                 at[step]()
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor(step / steps)
+            set_rates(optimizer, factor(step / steps))
             optimizer.zero_grad()
+            parts = _share(stream.take(accumulate), step, processes, loss_fn, model)
             total = 0.0
-            for part in range(accumulate):
-                batch, weight = processes.share(next(stream))
-                with processes.unsynchronised(part < accumulate - 1):
-                    loss = loss_of(_to(batch, device)) * weight / accumulate
-                    value = processes.mean(loss)
-                    _check_loss(loss, value, step)
+            for place, (part, weight) in enumerate(parts, 1):
+                batch = to_device(part, processes.device)
+                with processes.unsynchronised(place < len(parts)):
+                    loss = loss_of(batch) * weight
+                    value = processes.mean(loss)  # of all processes, so that all of them stop
+                    check_finite("loss", value, step, processes, partial(loss_fn, model, batch))
+                    if not loss.requires_grad:
+                        raise NothingToTrain(_NO_GRADIENT)
                     processes.backward(loss)
                 total += value
             if step == start and all(p.grad is None for p in parameters):
                 raise NothingToTrain(_NO_GRADIENT)
             if clip_norm is not None:
-                processes.clip(parameters, clip_norm)
+                norm = processes.clip(parameters, clip_norm)
+                check_finite("gradient", norm, step, processes, partial(loss_fn, model, batch))
             optimizer.step()
             history.loss.append(total)
             history.learning_rate.append(optimizer.param_groups[0]["lr"])
             bar.set_postfix(loss=f"{total:.4f}", refresh=False)
             bar.update()
             done = step + 1
-            if validate is not None and (done % validate_every == 0 or done == steps):
-                best = _validate(model, validate, done, history, best, processes)
-            if path is not None and (done % checkpoint_every == 0 or done == steps):
-                if processes.first:
-                    write_checkpoint(path, model, optimizer, done, run, vars(history), best)
+            try:
+                validation(model, done, processes)
+            except BaseException:
+                save(done)
+                raise
+            if keeper is not None and (
+                done % checkpoint_every == 0 or done == steps or interrupted()
+            ):
+                save(done)
                 processes.wait()
-    if best:
-        model.load_state_dict(best)
+            if interrupted():
+                raise KeyboardInterrupt(f"resume=True continues after step {done}")
+    if validation.best:
+        model.load_state_dict(validation.best)
     return history
 
 
@@ -239,52 +273,23 @@ _NO_GRADIENT = (
 )
 
 
-def _make_optimizer(optimizer, parameters: list, lr: float) -> torch.optim.Optimizer:
-    if optimizer is None:
-        optimizer = torch.optim.AdamW(parameters, lr=lr)
-    elif not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = optimizer(parameters)
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not known & {id(p) for p in parameters}:
-        raise NothingToTrain(
-            "the optimizer holds none of this model's parameters: build it after prepare_qat(), "
-            "which makes a new model, or pass a function such as partial(torch.optim.SGD, lr=...)"
+def _choose_loss(loss_fn: LossFn, teacher: nn.Module | None) -> LossFn:
+    if teacher is None:
+        return loss_fn
+    if loss_fn is not default_loss:
+        raise ValueError(
+            "pass a teacher or a loss_fn, not both; distillation_loss(teacher, temperature, "
+            "share) is a loss_fn"
         )
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return optimizer
+    return distillation_loss(teacher)
 
 
-def _validate(
-    model: nn.Module,
-    validate: Callable,
-    done: int,
-    history: History,
-    best: dict,
-    processes: Processes,
-) -> dict:
-    """Record the validation value; return the weights that did best so far."""
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it is iterated
-        value = processes.mean(torch.tensor(float(validate(model)), dtype=torch.float64))
-    history.validation.append([done, value])
-    if value > min(v for _, v in history.validation):
-        return best
-    return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
-
-
-def _check_loss(loss: Tensor, value: float, step: int) -> None:
-    if not math.isfinite(value):  # of all processes, so that all of them stop
-        raise NonFiniteLoss(
-            f"the loss is {value} at step {step}: lower the learning rate, clip gradients "
-            "(clip_norm=1.0) or look at the batch of that step"
-        )
-    if not loss.requires_grad:
-        raise NothingToTrain(_NO_GRADIENT)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(value, device) for value in batch)
-    return batch.to(device) if isinstance(batch, Tensor) else batch
+def _share(
+    drawn: list, step: int, processes: Processes, loss_fn: LossFn, model: nn.Module
+) -> list[tuple[Any, float]]:
+    """Return what this process computes of a step's batches, with weights."""
+    parts = processes.share(drawn, partial(count_scored, loss_fn, model))
+    if not parts and (loss_fn is default_loss or hasattr(loss_fn, "scored")):
+        raise NothingToTrain(f"step {step}: {NOTHING_SCORED}")
+    # a loss of your own may score what the labels do not say
+    return parts or processes.share(drawn, partial(count_rows, default=1))

@@ -8,48 +8,114 @@ in chapter 15.
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from companion.data.biencoder import BiEncoder
 from companion.errors import extra
+from companion.training.batches import count_rows, take_rows
+
+Count = Callable[[Any], int]
 
 
 class Processes:
-    """What `fit` needs to know about its fellow processes; alone, all of it is the identity.
+    """What `fit` needs to know about its fellow processes; this is a process alone.
 
     Parameters
     ----------
     device : torch.device
-        Where the model is. Launched by `accelerate launch` or `torchrun`, a process has a device
-        of its own, which takes precedence.
+        Where the model is.
+
+    Examples
+    --------
+    >>> alone = Processes(torch.device("cpu"))
+    >>> alone.mean(torch.tensor(3.0))
+    3.0
+    >>> [weight for _, weight in alone.share([torch.ones(1), torch.ones(3)], len)]
+    [0.25, 0.75]
+    """
+
+    count = 1
+    first = True  # the process that shows bars and writes files
+    precision = "no"
+    scales_gradients = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def loss(self, model: nn.Module, loss_fn: Callable) -> Callable[[Any], Tensor]:
+        """Return the loss as a function of a batch."""
+        return lambda batch: loss_fn(model, batch)
+
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Return the optimizer, which under mixed precision also scales the gradients back."""
+        return optimizer
+
+    def share(self, batches: Sequence[Any], scored: Count) -> list[tuple[Any, float]]:
+        """Return this process's rows of the batches of a step, and their weights in its loss.
+
+        Each mean weighs by what it is a mean over, so that the weighted means add up to the mean
+        over all batches of the step. Batches in which nothing is scored are left out.
+
+        Parameters
+        ----------
+        batches : list of batches
+        scored : callable
+            Counts the predictions that the loss of a batch is a mean over.
+        """
+        counts = [scored(batch) for batch in batches]
+        return [
+            (batch, count / sum(counts))
+            for batch, count in zip(batches, counts, strict=True)
+            if count
+        ]
+
+    def unsynchronised(self, really: bool) -> AbstractContextManager:
+        """Keep gradients to this process, where more batches of the same step follow."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip(self, parameters: list, norm: float) -> Tensor:
+        """Clip the gradient and return its norm before."""
+        return nn.utils.clip_grad_norm_(parameters, norm)
+
+    def mean(self, value: Tensor) -> float:
+        """Average a number over all processes, which then have the same."""
+        return value.item()
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+
+
+class Launched(Processes):
+    """A process that `accelerate launch` or `torchrun` started, among others or alone.
+
+    Its device and its precision are those that the launcher gives.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the model is.
 
     Raises
     ------
     ValueError
         If the processes would not train together, or Accelerate was configured to shard the model.
-
-    Examples
-    --------
-    >>> alone = Processes(torch.device("cpu"))
-    >>> alone.share(torch.ones(4, 2))[1], alone.mean(torch.tensor(3.0))
-    (1.0, 3.0)
     """
 
     def __init__(self, device: torch.device) -> None:
-        with warnings.catch_warnings():  # tqdm, in Jupyter without widgets
-            warnings.filterwarnings("ignore", "IProgress not found")
-            with extra("distributed"):
-                from accelerate import Accelerator, DistributedDataParallelKwargs
+        with extra("distributed"):
+            from accelerate import Accelerator, DistributedDataParallelKwargs
 
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        started = int(os.environ.get("WORLD_SIZE", "1"))
+        started = _started()
         # without being told, Accelerate lets several processes on CPUs train for themselves
         self._accelerator = Accelerator(
             cpu=started > 1 and not _has_devices(), device_placement=False, kwargs_handlers=[unused]
@@ -65,14 +131,12 @@ class Processes:
                 "fit() does not let Accelerate shard the model: launch plain processes, and shard "
                 "it yourself before, with torch.distributed.fsdp.fully_shard (chapter 15)"
             )
-        self.device = self._accelerator.device if _launched() else device
+        super().__init__(self._accelerator.device)
         self.count, self._index = self._accelerator.num_processes, self._accelerator.process_index
+        self.first = self._accelerator.is_main_process
+        self.precision = self._accelerator.mixed_precision
+        self.scales_gradients = self._accelerator.scaler is not None
         self._module: nn.Module | None = None
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that shows bars and writes files."""
-        return self._accelerator.is_main_process
 
     def loss(self, model: nn.Module, loss_fn: Callable) -> Callable[[Any], Tensor]:
         """Return the loss as a function of a batch, its gradients averaged over processes.
@@ -96,21 +160,24 @@ class Processes:
         return self._module
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Return the optimizer, which under mixed precision also scales the gradients back."""
         return self._accelerator.prepare_optimizer(optimizer)
 
-    def share(self, batch: Any) -> tuple[Any, float]:
-        """Return this process's rows of a batch, and what they weigh in the mean of all losses.
-
-        They weigh by their scored tokens where each token has a label, otherwise by their number.
+    def share(self, batches: Sequence[Any], scored: Count) -> list[tuple[Any, float]]:
+        """Return this process's rows of the batches of a step, and their weights in its loss.
 
         Raises
         ------
         ValueError
-            If there are fewer rows than processes.
+            If a batch has fewer rows than there are processes.
         """
+        whole = super().share(batches, scored)
+        total = sum(scored(batch) for batch, _ in whole)
+        return [(part, self.count * count / total) for part, count in
+                (self._rows(batch, scored) for batch, _ in whole)]  # fmt: skip
+
+    def _rows(self, batch: Any, scored: Count) -> tuple[Any, int]:
         if self.count == 1:
-            return batch, 1.0
+            return batch, scored(batch)
         rows = count_rows(batch)
         if rows < self.count:
             raise ValueError(
@@ -119,27 +186,42 @@ class Processes:
             )
         start, stop = (rows * i // self.count for i in (self._index, self._index + 1))
         part = take_rows(batch, rows, slice(start, stop))
-        return part, self.count * _scored(part) / max(_scored(batch), 1)
+        count = scored(part)
+        # a mean over nothing is NaN: a process without any takes the whole batch, with weight 0
+        return (part, count) if count else (batch, 0)
 
     def unsynchronised(self, really: bool) -> AbstractContextManager:
-        """Keep gradients to this process, where more batches of the same step follow."""
         return self._accelerator.no_sync(self._module) if really else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def clip(self, parameters: list, norm: float) -> None:
-        self._accelerator.clip_grad_norm_(parameters, norm)
+    def clip(self, parameters: list, norm: float) -> Tensor:
+        return self._accelerator.clip_grad_norm_(parameters, norm)
 
     def mean(self, value: Tensor) -> float:
-        """Average a number over all processes, which then have the same."""
         if self.count == 1:
             return value.item()
         return self._accelerator.reduce(value.detach().to(self.device), "mean").item()
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
         self._accelerator.wait_for_everyone()
+
+
+def join(device: torch.device) -> Processes:
+    """Return the processes that this one was launched with, or this one alone.
+
+    Accelerate keeps its precision and its devices for the whole life of a process. So it is asked only
+    where a launcher decided them, and a plain `fit` neither imports it nor sees what others set.
+
+    Examples
+    --------
+    >>> type(join(torch.device("cpu"))).__name__
+    'Processes'
+    """
+    launcher = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+    launched = _started() > 1 or any(name in os.environ for name in launcher)
+    return (Launched if launched else Processes)(device)
 
 
 class _Loss(nn.Module):
@@ -152,51 +234,6 @@ class _Loss(nn.Module):
             return self.loss_fn(self.model, batch)
 
 
-def count_rows(batch: Any) -> int:
-    """Rows of a batch: those of its labels or ids, otherwise of its first tensor that has any.
-
-    Examples
-    --------
-    >>> count_rows({"scale": torch.tensor(2.0), "x": torch.ones(3, 5)})
-    3
-    """
-    if isinstance(batch, Mapping):
-        known = [batch[key] for key in ("labels", "input_ids") if key in batch]
-        return count_rows([*known, *batch.values()])
-    parts = batch if isinstance(batch, (tuple, list)) else [batch]
-    sizes = [len(part) for part in parts if isinstance(part, Tensor) and part.dim()]
-    if not sizes:
-        raise ValueError("a batch without tensors cannot be shared by several processes")
-    return sizes[0]
-
-
-def take_rows(batch: Any, rows: int, which: slice) -> Any:
-    """Cut out rows of all tensors and lists that have as many; leave what else there is.
-
-    Examples
-    --------
-    >>> take_rows((torch.arange(3), ["a", "b", "c"], torch.ones(1)), 3, slice(1, 3))
-    (tensor([1, 2]), ['b', 'c'], tensor([1.]))
-    """
-    if isinstance(batch, Mapping):
-        return {key: take_rows(value, rows, which) for key, value in batch.items()}
-    if isinstance(batch, Tensor):
-        return batch[which] if batch.dim() and len(batch) == rows else batch
-    if isinstance(batch, (tuple, list)):
-        if any(isinstance(part, Tensor) for part in batch):
-            return type(batch)(take_rows(part, rows, which) for part in batch)
-        return batch[which] if len(batch) == rows else batch
-    return batch
-
-
-def _scored(batch: Any) -> int:
-    """Labels of tokens that count, the first of each row aside; or rows."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
-        return int((labels[:, 1:] != -100).sum())
-    return count_rows(batch)
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` has spread the parameters over processes.
 
@@ -205,14 +242,18 @@ def is_sharded(model: nn.Module) -> bool:
     >>> is_sharded(nn.Linear(1, 1))
     False
     """
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    tensors = sys.modules.get("torch.distributed.tensor")  # half a second; who shards has it
+    return tensors is not None and any(isinstance(p, tensors.DTensor) for p in model.parameters())
+
+
+def _started() -> int:
+    """How many processes there are, by the launcher or by a process group of the user's own."""
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    known = torch.distributed.get_world_size() if group else 1
+    return max(known, int(os.environ.get("WORLD_SIZE") or 1))
 
 
 def _has_devices() -> bool:
     """Whether processes can have a device each; Apple's is one, and does not take part."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return found is not None and found.type != "mps"
-
-
-def _launched() -> bool:
-    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ

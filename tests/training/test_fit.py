@@ -1,10 +1,5 @@
-import os
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from companion import fit
-from companion.errors import CheckpointError, EmptyLoader, NonFiniteLoss, NothingToTrain
-from companion.training.checkpoint import CHECKPOINT
-from companion.training.fit import SCHEDULES
+from companion.errors import EmptyLoader, NonFiniteLoss, NothingToTrain
+from companion.training.optimizer import SCHEDULES
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -76,16 +70,99 @@ def test_loader_with_its_own_generator_is_reproducible():
     assert same(first, second)
 
 
-def test_accumulation_equals_the_large_batch():
-    small, large = model().eval(), model().eval()
+# Gradients are means of 60 terms, in another order: 60 * 2**-24 of their size (below 1), five steps
+# of rate 0.05 with momentum 0.9 (at most 10 of them), so that weights differ by 2e-6 at most.
+SUMMED_OTHERWISE = 2e-6
+
+
+@pytest.mark.parametrize("cuts", [(20, 20, 20), (7, 50, 3)])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_accumulation_equals_the_large_batch(cuts, ignored):
+    small, large = model(), model()
     small[1] = large[1] = nn.Identity()
     x, y = loader(60).dataset.tensors
+    if ignored:
+        y = y.clone()
+        y[4:25] = -100
     options = {"steps": 5, "optimizer": SGD, "clip_norm": None}
-    fit(small, [(x[:20], y[:20]), (x[20:40], y[20:40]), (x[40:], y[40:])], accumulate=3, **options)
-    fit(large, [(x, y)], **options)
-    assert all(
-        torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(small), weights(large), strict=True)
-    )
+    parts = list(zip(x.split(cuts), y.split(cuts), strict=True))
+    together = fit(large, [(x, y)], **options)
+    apart = fit(small, parts, accumulate=3, **options)
+    assert apart.loss == pytest.approx(together.loss, rel=SUMMED_OTHERWISE)
+    for a, b in zip(weights(small), weights(large), strict=True):
+        assert torch.allclose(a, b, atol=SUMMED_OTHERWISE)
+
+
+@pytest.mark.parametrize("loss_type", ["ForCausalLM", "ForMaskedLM"])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_micro_batches_weigh_by_their_scored_tokens(loss_type, teacher):
+    """And one in which nothing is scored weighs nothing, instead of making the loss NaN."""
+    ids = torch.randint(50, (6, 9), generator=torch.Generator().manual_seed(3))
+    labels = ids.clone()
+    for row, scored in enumerate([9, 2, 5, 1, 8, 3]):
+        labels[row, scored:] = -100
+    labels[4:] = -100
+    whole = {"input_ids": ids, "labels": labels}
+    parts = [{name: value[i : i + 2] for name, value in whole.items()} for i in (0, 2, 4)]
+    options = {"steps": 1, "optimizer": SGD, "clip_norm": None,
+               "teacher": Tokens(loss_type, seed=1) if teacher else None}  # fmt: skip
+    small, large = Tokens(loss_type), Tokens(loss_type)
+    together = fit(large, [whole], **options)
+    apart = fit(small, parts, accumulate=3, **options)
+    assert apart.loss == pytest.approx(together.loss, rel=SUMMED_OTHERWISE)
+    for a, b in zip(weights(small), weights(large), strict=True):
+        assert torch.allclose(a, b, atol=SUMMED_OTHERWISE)
+
+
+class Tokens(nn.Module):
+    """Scores each token's label from the token, or the next one's as language models do."""
+
+    def __init__(self, loss_type: str, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.loss_type = loss_type
+        self.net = nn.Embedding(50, 50)
+
+    def forward(self, input_ids, labels):
+        logits, kept = self.net(input_ids), slice(1, None)
+        scores, answers = logits, labels
+        if self.loss_type == "ForCausalLM":
+            scores, answers = logits[:, :-1], labels[:, kept]
+        loss = nn.functional.cross_entropy(scores.flatten(0, 1), answers.flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def test_nothing_scored_is_an_error_that_says_so():
+    x, y = torch.ones(4, 4), torch.full((4,), -100)
+    with pytest.raises(NothingToTrain, match="step 0: no prediction of the batch is scored"):
+        fit(model(), [(x, y)], steps=1)
+    tokens = torch.ones(2, 3, dtype=torch.int64)
+    batch = {"input_ids": tokens, "labels": torch.full_like(tokens, -100)}
+    for teacher in (None, Tokens("ForCausalLM", 1)):
+        with pytest.raises(NothingToTrain, match="no prediction of the batch is scored"):
+            fit(Tokens("ForCausalLM"), [batch], steps=1, teacher=teacher)
+
+
+def test_a_loss_of_your_own_need_not_go_by_labels():
+    x, y = torch.ones(4, 4), torch.full((4,), -100)
+    history = fit(model(), [(x, y)], steps=2, loss_fn=lambda m, b: m(b[0]).square().mean())
+    assert len(history.loss) == 2
+
+
+def test_settings_that_would_do_nothing_are_errors():
+    with pytest.raises(ValueError, match="give yours its own"):
+        fit(model(), loader(), steps=1, optimizer=SGD, lr=0.1)
+    with pytest.raises(ValueError, match="give yours its own"):
+        fit(model(), loader(), steps=1, optimizer=SGD, weight_decay=0.1)
+    with pytest.raises(ValueError, match="use one of constant, linear, cosine"):
+        fit(model(), loader(), steps=1, schedule="cosin")
+    with pytest.raises(NothingToTrain, match="put 'labels' into the batch"):
+        fit(Unlabelled(2, 2), [{"input": torch.ones(1, 2)}], steps=1)
+
+
+class Unlabelled(nn.Linear):
+    def forward(self, input):
+        return SimpleNamespace(logits=super().forward(input), loss=None)
 
 
 def test_schedules_start_at_one_and_follow_their_name():
@@ -141,15 +218,10 @@ def test_own_loss_and_dict_batches():
     assert m(torch.ones(1, 1)).abs() < 0.3
 
 
-def test_bar_is_shown_to_people_only(capsys, monkeypatch):
+def test_no_bar_where_it_was_not_asked_for(capsys):
+    """That it shows otherwise is seen in test_processes.py."""
     fit(model(), loader(), steps=2, progress=False)
     assert capsys.readouterr().err == ""
-    code = "import torch; from torch import nn; from companion import fit; " \
-        "fit(nn.Linear(1, 2), [(torch.ones(1, 1), torch.tensor([0]))], steps=3)"  # fmt: skip
-    for disabled, shown in (("1", False), ("", True)):  # empty counts as unset
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                             env={**os.environ, "TQDM_DISABLE": disabled}, check=True)  # fmt: skip
-        assert ("fit:" in run.stderr) is shown
 
 
 def test_nothing_trainable_is_an_error():
@@ -190,140 +262,6 @@ def test_non_finite_loss_names_its_step():
 def test_counts_must_be_positive(bad):
     with pytest.raises(ValueError, match="at least 1"):
         fit(model(), loader(), **({"steps": 2} | bad))
-
-
-@pytest.mark.parametrize("stop", [3, 8, 10, 17])
-@pytest.mark.parametrize("optimizer", [None, SGD])
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, stop, optimizer):
-    options = {"steps": 20, "optimizer": optimizer, "accumulate": 2, "checkpoint_every": 1}
-    whole = model()
-    expected = fit(whole, loader(), **options)
-
-    class Stop(Exception):
-        pass
-
-    def interrupt():
-        raise Stop
-
-    with pytest.raises(Stop):
-        fit(model(), loader(), checkpoint_dir=tmp_path, at={stop: interrupt}, **options)
-    resumed = model(seed=5)  # whatever it starts from
-    history = fit(resumed, loader(), checkpoint_dir=tmp_path, resume=True, **options)
-    assert same(whole, resumed)
-    assert history == expected
-
-
-KILLED = """
-import sys, time
-sys.path.insert(0, {root!r})
-from tests.training.test_fit import *
-fit(model(), loader(), steps=400, checkpoint_dir={folder!r}, checkpoint_every=1, resume=True,
-    at={{300: lambda: time.sleep(60)}})
-"""
-
-
-def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path):
-    code = KILLED.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code])
-    while not (tmp_path / CHECKPOINT).exists():
-        time.sleep(0.01)
-    time.sleep(0.15)  # somewhere between two steps, or in the middle of a write
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    whole, resumed = model(), model()
-    fit(whole, loader(), steps=400, at={300: lambda: None})
-    fit(resumed, loader(), steps=400, checkpoint_dir=tmp_path, checkpoint_every=1, resume=True,
-        at={300: lambda: None})  # fmt: skip
-    assert same(whole, resumed)
-
-
-def test_actions_are_repeated_on_resume(tmp_path):
-    calls = []
-    options = {"steps": 6, "checkpoint_dir": tmp_path, "checkpoint_every": 2, "resume": True}
-    fit(model(), loader(), at={1: lambda: calls.append("first")}, **options)
-    fit(model(), loader(), at={1: lambda: calls.append("again")}, **options)
-    assert calls == ["first", "again"]
-
-
-def test_checkpoint_is_one_file_without_pickle(tmp_path):
-    fit(model(), loader(), steps=3, checkpoint_dir=tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
-    content = (tmp_path / CHECKPOINT).read_bytes()
-    header = int.from_bytes(content[:8], "little")
-    assert content[8:9] == b"{"
-    assert header < len(content)
-
-
-def test_checkpoint_is_neither_overwritten_nor_mistaken(tmp_path):
-    fit(model(), loader(), steps=3, checkpoint_dir=tmp_path)
-    with pytest.raises(CheckpointError, match="resume=True"):
-        fit(model(), loader(), steps=3, checkpoint_dir=tmp_path)
-    with pytest.raises(CheckpointError, match="seed: 0 there, 1 here"):
-        fit(model(), loader(), steps=3, seed=1, checkpoint_dir=tmp_path, resume=True)
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
-        fit(model(), loader(), steps=3, checkpoint_dir=tmp_path, resume=True)
-
-
-def test_tied_weights_are_saved(tmp_path):
-    def tied():
-        m = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
-        m[2].weight = m[0].weight
-        return m
-
-    data = [(torch.eye(3), torch.arange(3))]
-    first, second = tied(), tied()
-    fit(first, data, steps=4, checkpoint_dir=tmp_path)
-    fit(second, data, steps=4, checkpoint_dir=tmp_path, resume=True)
-    assert same(first, second)
-    assert second[2].weight is second[0].weight
-
-
-def test_the_weights_that_did_best_in_validation_come_back():
-    trained, values, seen = model(), iter([3.0, 1.0, 2.0, 5.0]), []
-
-    def validate(m):
-        seen.append(weights(m))
-        torch.randn(5)  # draws of the validation must not reach the training
-        return next(values)
-
-    history = fit(trained, loader(), steps=25, validate=validate, validate_every=10)
-    assert history.validation == [[0, 3.0], [10, 1.0], [20, 2.0], [25, 5.0]]
-    assert all(torch.equal(a, b) for a, b in zip(weights(trained), seen[1], strict=True))
-    without = model()
-    assert history.loss == fit(without, loader(), steps=25).loss
-
-
-def test_best_weights_survive_an_interruption(tmp_path):
-    def validate(m):
-        return float((m[0].weight - 0.3).square().sum())  # best somewhere on the way
-
-    whole, cut = model(), model()
-    options = {"steps": 40, "validate": validate, "validate_every": 5, "optimizer": SGD}
-    expected = fit(whole, loader(), **options)
-    options |= {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
-    with pytest.raises(KeyboardInterrupt):
-        fit(cut, loader(), **options, at={23: interrupt})
-    again = model()
-    history = fit(again, loader(), **options, resume=True)
-    assert history.validation == expected.validation
-    assert same(whole, again)
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def test_a_schedule_is_known_by_its_name_in_another_process(tmp_path):
-    """Its address, which differs from process to process, is no part of a run's identity."""
-    fit(model(), loader(), steps=2, schedule=half, checkpoint_dir=tmp_path)
-    (tmp_path / CHECKPOINT).read_bytes().index(b'"schedule')
-    assert b" at 0x" not in (tmp_path / CHECKPOINT).read_bytes()
-
-
-def half(progress: float) -> float:
-    return 0.5
 
 
 def test_documents_of_a_batch_are_not_handed_to_the_model():

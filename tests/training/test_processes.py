@@ -1,7 +1,11 @@
-"""`fit` in two processes: the curve of one, one writer, one bar; and a model that FSDP2 sharded."""
+"""`fit` in two processes: the curve of one, one writer, one bar; and a model that FSDP2 sharded.
+
+Three launches of two processes train all scenarios; what one process finds is computed here.
+"""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,129 +17,218 @@ from torch import nn
 from companion import fit
 from companion.data.biencoder import BiEncoder
 from companion.errors import CheckpointError
+from companion.training.batches import count_rows, take_rows
 from companion.training.checkpoint import CHECKPOINT
-from companion.training.processes import Processes, count_rows, is_sharded, take_rows
+from companion.training.losses import count_scored, default_loss
+from companion.training.processes import Launched, Processes, is_sharded, join
+from tests.training.two_processes import train
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
+TOGETHER = {
+    "everything": {"teacher": True, "accumulate": 2, "validate": True, "checkpoint": True},
+    "rows": {"batch": 3},  # one for the first process and two for the second
+    "padded": {"batch": 3, "padded": True},
+    "accumulated": {"batch": 3, "padded": True, "accumulate": 3},
+    "bare": {"batch": 2, "bare": True},  # nothing to score for the first process
+    "small": {"batch": 1},
+    "sharded": {"shard": True},
+    "sharded and kept": {"shard": True, "checkpoint": True},
+}
+# Losses are means of at least 16 terms from sums of 32 products: 32 * 2**-23 = 4e-6 of their size
+# if every rounding goes the same way. Between AVX512, AVX2 and the default (ATen's, oneDNN's and
+# MKL's), one thread and two, no loss differed by more than 1e-7. Processes that weighed equally
+# moved them by 1e-2 and more.
+CLOSE = 4e-6
 
 
-def run(folder: Path, processes: int, environment: dict | None = None, **options):
-    """Train in so many processes; return what each of them found, and what they printed."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(SCRIPT), str(folder / "result.json"), json.dumps(options)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                        str(processes)]  # fmt: skip
+def launch(folder: Path, scenarios: dict, environment: dict | None = None, torchrun: bool = False):
+    """Train scenarios in two processes; return what each of them found, None if they failed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                    "TQDM_DISABLE": "", **(environment or {})}  # fmt: skip
-    if processes > 1:
-        environment.pop("RANK", None)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    if done.returncode:
-        return done
-    files = [folder / f"result.{rank}.json" for rank in range(processes)]
-    return [json.loads(file.read_text()) for file in files], done.stderr
+    command = [str(SCRIPT), str(folder / "result.json"), json.dumps(scenarios)]
+    if torchrun:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run([sys.executable, *torchrun, *command], env=environment, timeout=300)
+        codes = [done.returncode]
+    else:  # what torchrun tells its processes, without another one that imports torch
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        running = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(2)
+        ]
+        codes = [process.wait(timeout=300) for process in running]
+    assert codes == [0] * len(codes)
+    return [json.loads((folder / f"result.{rank}.json").read_text()) for rank in range(2)]
 
 
-def differ(a: list, b: list) -> float:
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("two")
 
 
-def test_two_processes_have_the_curve_of_one_and_one_writer(tmp_path):
-    options = {"teacher": True, "accumulate": 2, "validate": True, "checkpoint": True}
-    (one,), _ = run(tmp_path / "one", 1, **options)
-    (first, second), bars = run(tmp_path / "two", 2, **options)
-    assert (one["processes"], first["processes"]) == (1, 2)  # told by torchrun alone
-    assert len(one["loss"]) == 6
-    assert differ(one["loss"], first["loss"]) < 1e-5
-    assert first["loss"] == second["loss"]
-    validation = [[v for _, v in found["validation"]] for found in (one, first)]
-    assert len(validation[0]) == 4
-    assert differ(*validation) < 1e-5
-    assert first["norm"] == second["norm"] == pytest.approx(one["norm"], rel=1e-6)
-    files = [sorted(p.name for p in (tmp_path / name / "run").iterdir()) for name in ("one", "two")]
-    assert files == [[CHECKPOINT], [CHECKPOINT]]
-    assert (one["written"], first["written"], second["written"]) == (3, 3, 0)
-    assert bars.count("fit:   0%") == 1
+@pytest.fixture(scope="module")
+def two(folder) -> list[dict]:
+    interrupted = {"checkpoint": True, "fail_at": 3, "folder": "run"}
+    return launch(folder, {**TOGETHER, "whole": {}, "interrupted": interrupted}, torchrun=True)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_rows_weigh_by_what_they_score(tmp_path, padded):
-    """Three rows, one for the first process and two for the second; some of them half empty."""
-    (one,), _ = run(tmp_path / "one", 1, batch=3, steps=3, padded=padded)
-    (two, _), _ = run(tmp_path / "two", 2, batch=3, steps=3, padded=padded)
-    assert differ(one["loss"], two["loss"]) < 1e-5
+@pytest.fixture(scope="module")
+def resumed(two, folder) -> list[dict]:
+    return launch(folder, {"run": {"checkpoint": True, "resume": True}})
 
 
-def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
-    failed = run(tmp_path, 2, batch=1)
-    assert "a batch of 1 cannot be shared by 2 processes" in failed.stderr
+@pytest.fixture(scope="module")
+def half(resumed, folder) -> list[dict]:
+    scenarios = {
+        "whole": {},
+        "sharded": {"shard": True},
+        "run": {"checkpoint": True, "resume": True},
+    }
+    return launch(folder, scenarios, {"ACCELERATE_MIXED_PRECISION": "bf16"})
 
 
-def test_a_run_of_two_is_continued_by_two(tmp_path):
-    """Killed after its checkpoint of step 4, the same command trains the last two steps."""
-    (whole, _), _ = run(tmp_path, 2)
-    failed = run(tmp_path, 2, checkpoint=True, fail_at=5)
-    assert "failed on purpose" in failed.stderr
-    assert (tmp_path / "run" / CHECKPOINT).exists()
-    (first, second), _ = run(tmp_path, 2, checkpoint=True, resume=True)
+@pytest.mark.parametrize("name", ["everything", "rows", "padded", "accumulated", "bare", "sharded"])
+def test_two_processes_have_the_curve_of_one(two, tmp_path, name):
+    one = train(tmp_path, **{**TOGETHER[name], "shard": False})
+    first, second = (found[name] for found in two)
+    assert len(one["loss"]) == 4
+    assert first["loss"] == pytest.approx(one["loss"], rel=CLOSE)
+    assert first["validation"] == pytest.approx(one["validation"], rel=CLOSE)
+    assert first["moved"] == pytest.approx(one["moved"], rel=CLOSE)
+    for what in ("loss", "validation", "moved"):
+        assert first[what] == second[what]
+
+
+def test_only_the_first_writes_and_shows_a_bar(two, folder):
+    first, second = (found["everything"] for found in two)
+    assert len(first["validation"]) == 3
+    assert [first["written"], second["written"]] == [2, 0]
+    assert [first["bars"], second["bars"]] == [1, 0]
+    assert [path.name for path in (folder / "everything").iterdir()] == [CHECKPOINT]
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(two):
+    assert "a batch of 1 cannot be shared by 2 processes" in two[0]["small"]["error"]
+
+
+def test_a_run_of_two_is_continued_by_two(two, resumed):
+    """Failed after its checkpoint of step 2, the same command trains the last two steps."""
+    assert "failed on purpose" in two[0]["interrupted"]["error"]
+    first, second = (found["run"] for found in resumed)
+    whole = two[0]["whole"]
     assert first["loss"] == second["loss"] == whole["loss"]
-    assert (first["written"], first["norm"]) == (1, whole["norm"])
+    assert [first["written"], first["moved"]] == [1, whole["moved"]]
 
 
-def test_fsdp2_trains_as_one_process_does(tmp_path):
-    (one,), _ = run(tmp_path / "one", 1)
-    (two, _), _ = run(tmp_path / "two", 2, shard=True)
-    assert differ(one["loss"], two["loss"]) < 1e-5
-    assert two["norm"] == pytest.approx(one["norm"], rel=1e-6)
-    assert two["gathered"] == pytest.approx(one["norm"], rel=1e-6)  # as the chapter tells it
-    assert two["converted"]
-    (half, _), _ = run(tmp_path / "half", 2, {"ACCELERATE_MIXED_PRECISION": "bf16"}, shard=True)
-    assert 1e-6 < differ(half["loss"], two["loss"]) < 0.2
-    failed = run(tmp_path / "no", 2, shard=True, checkpoint=True)
-    assert "a sharded model has no process that could write all of it" in failed.stderr
+def test_fsdp2_gathers_and_converts_and_is_not_written(two):
+    found = two[0]["sharded"]
+    assert found["gathered"] == pytest.approx(found["moved"], rel=CLOSE)  # as the chapter tells it
+    assert found["converted"]
+    message = two[0]["sharded and kept"]["error"]
+    assert "a sharded model has no process that could write all of it" in message
 
 
-def test_precision_comes_from_the_launcher(tmp_path):
-    """bfloat16 computes other losses, near those of float32; the weights stay in float32."""
-    (full,), _ = run(tmp_path / "full", 1)
-    (half,), _ = run(tmp_path / "half", 1, {"ACCELERATE_MIXED_PRECISION": "bf16"})
-    assert half["dtype"] == "torch.float32"
-    assert 1e-6 < differ(full["loss"], half["loss"]) < 0.2
+@pytest.mark.parametrize("name", ["whole", "sharded"])
+def test_precision_comes_from_the_launcher(two, half, name):
+    """bfloat16 keeps 8 bits of a product: losses differ, by up to 2**-8 of logits below 5."""
+    assert half[0][name]["dtype"] == "torch.float32"
+    apart = max(
+        abs(a - b) for a, b in zip(half[0][name]["loss"], two[0][name]["loss"], strict=True)
+    )
+    assert 1e-5 < apart < 5 * 2**-8
+
+
+def test_a_run_is_not_continued_in_another_precision(half):
+    assert "precision: no there, bf16 here" in half[0]["run"]["error"]
+
+
+ALONE = """
+import sys, torch
+from torch import nn
+from companion.training.fit import fit
+print("torch.distributed.tensor" in sys.modules)
+
+def trained():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 2)
+    fit(model, [(torch.eye(8), torch.arange(8) % 2)], steps=3, lr=0.1)
+    return model.weight
+
+first = trained()
+print("accelerate" in sys.modules)
+from accelerate import Accelerator
+print(Accelerator(mixed_precision="bf16").mixed_precision, torch.equal(trained(), first))
+"""
+
+
+def test_alone_fit_neither_asks_nor_tells_accelerate():
+    """Its state is of the whole process; and a bar is shown to people (an empty variable is unset)."""
+    run = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True,
+                         env={**os.environ, "TQDM_DISABLE": ""}, check=True)  # fmt: skip
+    assert run.stdout.splitlines() == ["False", "False", "bf16 True"]
+    assert run.stderr.count("fit:   0%") == 2
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its state for the whole process: not for the tests that follow."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_one_process_that_was_launched_has_the_precision_of_its_launcher(
+    two, tmp_path, monkeypatch, fresh_accelerate
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    found = train(tmp_path)
+    assert (
+        max(abs(a - b) for a, b in zip(found["loss"], two[0]["whole"]["loss"], strict=True)) > 1e-5
+    )
 
 
 def test_alone_nothing_changes():
-    alone = Processes(torch.device("cpu"))
+    alone = join(torch.device("cpu"))
+    assert type(alone) is Processes
     batch = {"x": torch.ones(3, 2)}
     assert (alone.count, alone.first) == (1, True)
-    assert alone.share(batch) == (batch, 1.0)
+    assert alone.share([batch], count_rows) == [(batch, 1.0)]
     assert alone.mean(torch.tensor(0.1, dtype=torch.float64)) == 0.1
     assert not is_sharded(nn.Linear(2, 2))
 
 
-def test_processes_that_would_train_for_themselves_are_refused(monkeypatch):
+def test_processes_that_would_train_for_themselves_are_refused(monkeypatch, fresh_accelerate):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(
         "companion.training.processes._has_devices", lambda: True
     )  # so none is told "CPU"
     with pytest.raises(ValueError, match="3 processes were started, and Accelerate would train 1"):
-        Processes(torch.device("cpu"))
+        join(torch.device("cpu"))
 
 
-def test_retrieval_is_not_shared(monkeypatch):
-    alone = Processes(torch.device("cpu"))
-    alone.count = 2
-    with pytest.raises(ValueError, match="compares every query with every text"):
-        alone.loss(BiEncoder(nn.Linear(1, 1)), lambda model, batch: None)
-
-
-def test_a_batch_without_scored_tokens_weighs_nothing():
-    """Its loss is the mean of nothing, which fit() names; no division fails before."""
-    pair = Processes(torch.device("cpu"))
+def test_retrieval_is_not_shared(fresh_accelerate):
+    pair = Launched(torch.device("cpu"))
     pair.count = 2
+    with pytest.raises(ValueError, match="compares every query with every text"):
+        pair.loss(BiEncoder(nn.Linear(1, 1)), lambda model, batch: None)
+
+
+def test_what_is_not_scored_weighs_nothing():
     ids = torch.ones(2, 5, dtype=torch.int64)
-    _, weight = pair.share({"input_ids": ids, "labels": torch.full_like(ids, -100)})
-    assert weight == 0
+    bare = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    scored = bare | {"labels": ids}
+    alone = Processes(torch.device("cpu"))
+    count = lambda batch: count_scored(default_loss, nn.Identity(), batch)  # noqa: E731
+    assert alone.share([bare, scored], count) == [(scored, 1.0)]
+    assert alone.share([bare], count) == []
 
 
 def test_rows_are_found_beside_what_has_none():
@@ -160,21 +253,13 @@ def test_a_checkpoint_that_only_one_machine_has_is_noticed(monkeypatch, tmp_path
         fit(layer, data, steps=2, checkpoint_dir=tmp_path, resume=True, progress=False)
 
 
-def test_accelerate_may_not_shard(monkeypatch):
+def test_accelerate_may_not_shard(monkeypatch, fresh_accelerate):
     from accelerate import Accelerator
 
     class Sharding:
         value = "FSDP"
 
     monkeypatch.setattr(Accelerator, "distributed_type", Sharding)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with pytest.raises(ValueError, match="fully_shard"):
         fit(nn.Linear(1, 2), [(torch.ones(1, 1), torch.tensor([0]))], steps=1)
-
-
-def test_a_sharded_model_is_not_written(monkeypatch, tmp_path):
-    from companion.training import fit as train
-
-    monkeypatch.setattr(train, "is_sharded", lambda model: True)
-    with pytest.raises(CheckpointError, match="sharded"):
-        fit(nn.Linear(1, 2), [(torch.ones(1, 1), torch.tensor([0]))], steps=1,
-            checkpoint_dir=tmp_path)  # fmt: skip
