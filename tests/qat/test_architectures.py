@@ -336,22 +336,31 @@ def test_trains_in_fit():
         fit(convert(prepared), data, steps=1)
 
 
-def test_trains_in_the_trainer_of_transformers(tmp_path):
+def trainer(folder, model, **options):
+    """Three passes over eight rows, in another order each, with a checkpoint after half of them."""
+    arguments = hf.TrainingArguments(
+        output_dir=str(folder), report_to=[], save_steps=6, max_steps=12, logging_steps=1,
+        gradient_accumulation_steps=2, per_device_train_batch_size=4, learning_rate=5e-3,
+        lr_scheduler_type="constant", disable_tqdm=True, use_cpu=True, **options)  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in ROWS]
+    return hf.Trainer(model=model, args=arguments, train_dataset=data)
+
+
+def test_trains_in_the_trainer_of_transformers_which_saves_and_resumes(tmp_path):
     prepared = prepare_qat(tiny("llama"), W4A8)
     start = copy.deepcopy(prepared.state_dict())
-    arguments = hf.TrainingArguments(
-        output_dir=str(tmp_path), report_to=[], save_strategy="no", max_steps=12, logging_steps=1,
-        gradient_accumulation_steps=2, per_device_train_batch_size=4, learning_rate=5e-3,
-        lr_scheduler_type="constant", disable_tqdm=True, use_cpu=True)  # fmt: skip
-    data = [{"input_ids": row, "labels": row} for row in ROWS]
-    trainer = hf.Trainer(model=prepared, args=arguments, train_dataset=data)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    whole = trainer(tmp_path, prepared)
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
     assert len(losses) == 12
     assert losses[-1] < 0.8 * losses[0]
     moved = [not torch.equal(start[n], p) for n, p in prepared.named_parameters()]
     assert all(moved)
     assert torch.equal(outputs(convert(prepared)), outputs(prepared.eval()))
+    resumed = prepare_qat(tiny("llama"), W4A8)
+    trainer(tmp_path, resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for name, tensor in prepared.state_dict().items():  # weights, steps and where they began
+        assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
 def test_gradient_checkpointing_changes_no_gradient():
