@@ -16,7 +16,7 @@ import multiprocessing
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,12 +241,13 @@ def file_bytes(row: Row, model: nn.Module, folder: Path) -> int:
 
 
 def measure(shape: dict, rows: Sequence[Row], *, tokens: int, rounds: int,
-            prompts: Sequence[int] = PROMPTS) -> tuple[list[dict], float]:  # fmt: skip
+            prompts: Sequence[int] = PROMPTS, peak: Callable[[Row, Path, int], float] = in_own_process,
+            ) -> tuple[list[dict], float]:  # fmt: skip
     """Time all rows in turns: a record for each and each phase, and the bandwidth of copies."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_files(shape, folder, rows)
-        peaks = {row: in_own_process(row, folder, prompts[0]) for row in rows}
+        peaks = {row: peak(row, folder, prompts[0]) for row in rows}
         models = {row: load(row, folder) for row in rows}
         sizes = {row: file_bytes(row, model, folder) for row, model in models.items()}
         matrices = sum(m.weight.numel() for m in random_model(shape).modules()

@@ -1,4 +1,4 @@
-"""The claims of chapter 10 on the committed results of several seeds, and one small cell re-run."""
+"""The claims of chapter 10 on the committed results of several seeds, and one small cell begun anew."""
 
 import json
 
@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.first_recovery import RATES, SCHEMES, train
 from benchmarks.provenance import RESULTS
-from companion import W2, convert, load_task, prepare_qat
-from companion.evaluation.language import DocumentLosses, document_losses, loss_difference, recovery
+from companion import W2
+from companion.evaluation.language import DocumentLosses, loss_difference, recovery
 
 CONTENT = json.loads((RESULTS / "first_recovery.json").read_text())
 RECORDS = CONTENT["records"]
@@ -65,12 +65,10 @@ def test_damage_grows_as_bits_fall():
         assert damage["W2"] > damage["W3"] > damage["W4"]
 
 
-def test_a_small_cell_run_again_shows_the_same():
-    task = load_task("language-reference")
-    rates = {r["scheme"]: r["lr"] for r in RECORDS if r["arm"] in ("control", "qat")}
-    control, _ = train(None, rates["float"], seed=0, steps=30, task=task)
-    qat, _ = train(W2, rates["W2"], seed=0, steps=30, task=task)
-    rounded = convert(prepare_qat(control, W2, "absmax"))
-    found = recovery(*(document_losses(m, task.test) for m in (control, rounded, convert(qat))))
-    assert found.damage.low > 0.1
-    assert found.share.low > 0.4
+def test_a_small_cell_run_again_begins_and_goes_on_alike(language):
+    """Before the first step the loss is the stored one; training lowers it."""
+    (stored,) = (r for r in RECORDS if (r["arm"], r["scheme"], r["seed"]) == ("qat", "W2", 0))
+    _, history = train(W2, stored["lr"], seed=0, steps=2, task=language)
+    # a mean of 11,000 float32 losses near 4, summed in another order by other kernels
+    assert history.validation[0][1] == pytest.approx(stored["validation"][0][1], rel=1e-5)
+    assert history.validation[-1][1] < history.validation[0][1] - 0.1

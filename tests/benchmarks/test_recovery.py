@@ -1,12 +1,14 @@
-"""The claims of chapter 11, held against the committed results; one small cell run again."""
+"""The claims of chapter 11, held against the committed results; small cells begun anew."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from companion import QuantScheme, load_task
-from companion.study.compare import trial
+from benchmarks.recovery import torchao_arm
+from companion import QuantScheme, load_pretrained
+from companion.evaluation.language import document_losses
+from companion.study.recipes import ARMS
 from companion.study.tables import tabulate
 
 CONTENT = json.loads(
@@ -99,21 +101,15 @@ def test_levers_were_judged_on_validation():
     assert {lever["seed"] for lever in levers} == {100}  # none of the seeds of the table
 
 
-def test_a_small_cell_lands_in_its_band():
-    """A lever of the default that was short is trained again, from scratch."""
-    levers = [lever for lever in CONTENT["levers"] if lever["model"] == "docs-lm"]
-    (stored,) = (
-        lever
-        for lever in levers
-        if (lever.get("method"), lever["scheme"], lever["lr"]) == ("default", "W2 g32", 1e-3)
-        and lever["steps"] < 400
-    )
-    floats = [r for r in levers
-              if r.get("method") == "float" and r["steps"] == stored["steps"]]  # fmt: skip
-    again = trial(
-        "docs-lm", load_task("language-reference", batch_size=4), QuantScheme(2), "default",
-        steps=stored["steps"], rate=stored["lr"],
-        float_rate=min(floats, key=lambda r: r["validation_loss"])["lr"], progress=False,
-    )  # fmt: skip
-    # another number of threads changes the low digits, and training lets them grow
-    assert abs(again["validation_loss"] - stored["validation_loss"]) < 0.02
+@pytest.mark.parametrize("arm", [ARMS["lsq"], torchao_arm()], ids=lambda arm: arm.name)
+def test_a_small_cell_begins_where_it_began(arm, language):
+    """The validation loss of the arm before its first step, as its prepared model has it."""
+    (stored,) = (run["validation"][0] for run in RUNS
+                 if (run["scheme"], run["method"], run["seed"]) == ("W2 g32", arm.name, 0))  # fmt: skip
+    prepared = arm.prepare(load_pretrained("docs-lm"), QuantScheme(2), language, ())
+    # a mean of 11,000 float32 losses near 4, summed in another order by other kernels; and the
+    # searched start of a learned step may fall on a neighbour where two errors agree that far
+    assert stored == [
+        0,
+        pytest.approx(document_losses(prepared, language.validation).mean, rel=1e-4),
+    ]
