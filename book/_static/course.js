@@ -10,7 +10,7 @@ window.addEventListener("beforeprint", () => forPaper(true));
 window.addEventListener("afterprint", () => forPaper(false));
 
 // Boxes that scroll can be reached, and scrolled, from a keyboard.
-const BOXES = "pre, table, div.math, dt.sig";
+const BOXES = "pre, table, .math, dt.sig";
 const reachable = () =>
   document.querySelectorAll(BOXES.split(", ").map((s) => `.bd-article ${s}`).join()).forEach((box) => {
     const scrolls = box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === "auto";
@@ -27,5 +27,5 @@ document.addEventListener("DOMContentLoaded", () => {
     document.body.append(none);
   }
   // Widths change with the window, an opened box and an equation that was set.
-  new ResizeObserver(reachable).observe(document.querySelector(".bd-article"));
+  new ResizeObserver(reachable).observe(document.querySelector("main"));
 });

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from course_site import (
     address,
@@ -17,7 +19,19 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Set every concern up; pages built by an earlier state of this folder are built anew."""
     for module in (address, assets, dropdowns, numbers, pages, reference):
         module.setup(app)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    sources = [
+        path
+        for path in Path(__file__).parent.rglob("*")
+        if path.suffix in (".py", ".html")
+    ]
+    state = b"".join(path.read_bytes() for path in sorted(sources))
+    version = int(hashlib.sha256(state).hexdigest()[:8], 16)
+    return {
+        "env_version": version,
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

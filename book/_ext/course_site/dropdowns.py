@@ -76,7 +76,8 @@ def unwrap_sections(node: nodes.Element) -> None:
     for section in [
         child for child in node.children if isinstance(child, nodes.section)
     ]:
-        section.replace_self(section.children)
+        where = node.index(section)
+        node[where : where + 1] = section.children
 
 
 def take_hidden_cells(solution: nodes.Element) -> None:

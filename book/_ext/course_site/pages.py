@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,5 +28,15 @@ def mend(
         context["body"] = context.get("body", "").replace(wrong, right)
 
 
+def mend_search(app: Sphinx, failed: Exception | None) -> None:
+    """Give the name of the search field to one of the two on the search page."""
+    page = Path(app.outdir) / "search.html"
+    if not failed and page.exists():
+        page.write_text(
+            page.read_text().replace(' id="search-input"', "", 1)
+        )
+
+
 def setup(app: Sphinx) -> None:
     app.connect("html-page-context", mend, priority=800)
+    app.connect("build-finished", mend_search)

@@ -111,5 +111,21 @@ def write(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = "\n".join(lines) + "\n"
 
 
+def outdated(
+    app: Sphinx,
+    env: Any,
+    added: set[str],
+    changed: set[str],
+    removed: set[str],
+) -> list[str]:
+    """Read these pages again in every build: a room may have gained a module."""
+    return [
+        name
+        for name in env.found_docs
+        if name.startswith(("reference/", "companion_"))
+    ]
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("env-get-outdated", outdated)
     app.connect("source-read", write)
