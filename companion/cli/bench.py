@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from companion.cli.stages import longest
+from companion.errors import UnsupportedModel
 from companion.formats.onnx.model import OnnxModel
 
 PAUSE = 0.2
@@ -42,6 +43,8 @@ def speeds(
 
     Raises
     ------
+    UnsupportedModel
+        If a model keeps no keys and values.
     ValueError
         If a context is too short for the prompt and two tokens.
     """
@@ -72,7 +75,13 @@ def _times(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[float, flo
         cache = None
         for _ in range(tokens + 1):
             output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                raise UnsupportedModel(
+                    f"{type(model).__name__} keeps no keys and values, as recurrent models: bench "
+                    "times models with attention"
+                )
+            ids = output.logits[:, -1:].argmax(-1)
             stamps.append(time.perf_counter())
     if len(stamps) < 3:
         raise ValueError(

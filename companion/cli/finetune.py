@@ -178,7 +178,7 @@ def report(runs: Sequence[dict]) -> str:
     plural = "s" if len(first) > 1 else ""
     lines = [
         f"{first[0]['model']} on {first[0]['task']}: {first[0]['metric']} ({better} is better), "
-        f"{first[0]['steps']} steps, {len(first)} seed{plural}, n = {len(first[0]['total'])}",
+        f"{first[0]['steps']} step{'s' if first[0]['steps'] > 1 else ''}, {len(first)} seed{plural}, n = {len(first[0]['total'])}",
         f"{'scheme':7} {'method':7} {'value':21} {'recovered':16} {'MB':>4}",
     ]
     for (scheme, method), found in cells.items():

@@ -67,16 +67,23 @@ def open_model(name: str, *, head: str | None = None, classes: int | None = None
     if name.endswith(".onnx"):
         return OnnxModel(name)
     _refuse_images(name)
-    if is_quantized(name):
-        model = load_quantized(name, _retriever(name))
-    else:
-        model = load_pretrained(name, head=head, classes=classes).eval()
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(config := _config(name), "is_encoder_decoder", False):
         raise UnsupportedModel(
-            f"{name} is an encoder-decoder ({model.config.model_type}), and the command line takes "
-            "encoders and decoders: prepare_qat and fit train it in Python"
+            f"{name} is an encoder-decoder ({config.model_type}), and the command line takes encoders "
+            "and decoders: prepare_qat and fit train it in Python"
         )
-    return model
+    if is_quantized(name):
+        return load_quantized(name, _retriever(name))
+    return load_pretrained(name, head=head, classes=classes).eval()
+
+
+def _config(name: str) -> Any:
+    """The settings of a model, or None where a folder holds none that transformers knows."""
+    with quiet_transformers() as transformers:
+        try:
+            return transformers.AutoConfig.from_pretrained(find(name)[0])
+        except (OSError, ValueError, KeyError):
+            return None
 
 
 def _retriever(folder: str) -> nn.Module | None:
@@ -193,6 +200,8 @@ def open_tokenizer(name: str):
         If there is none.
     """
     _refuse_images(name)
+    if name.endswith(".onnx") and not Path(name).is_file():
+        raise SourceUnavailable(f"{name} is missing: export writes such a file")
     folder = str(Path(name).parent) if name.endswith(".onnx") else name
     try:
         tokenizer = load_tokenizer(folder)
@@ -202,12 +211,7 @@ def open_tokenizer(name: str):
         raise SourceUnavailable(
             f"no tokenizer was found for {name}: tokenizer.json belongs beside the model's file"
         ) from None
-    try:
-        with quiet_transformers() as transformers:
-            most = longest(transformers.AutoConfig.from_pretrained(find(folder)[0]))
-    except (OSError, ValueError, KeyError):  # beside an exported file there is none
-        most = math.inf
-    tokenizer.model_max_length = min(tokenizer.model_max_length, most)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest(_config(folder)))
     return tokenizer
 
 
@@ -240,7 +244,7 @@ def longest(model: Any) -> float:
 
     Parameters
     ----------
-    model : nn.Module or PretrainedConfig
+    model : nn.Module, PretrainedConfig or None
 
     Examples
     --------

@@ -37,6 +37,10 @@ HEADS = {
     "embedding": "AutoModel",
     "retrieval": "AutoModel",
 }
+NEEDED = {"lm": "language model", "classification": "model to classify texts with",
+          "tokens": "model to tag words with", "embedding": "encoder", "retrieval": "encoder"}  # fmt: skip
+MASKED = ("ForMaskedLM", "ForPreTraining")
+"""Heads that look at the tokens after a gap, too: as language models they would see the answer."""
 
 
 def load_pretrained(
@@ -154,7 +158,7 @@ def _from_transformers(name: str, head: str | None, classes: int | None, seed: i
             if "AutoModel" not in str(error) and "model type" not in str(error):
                 raise
             raise UnsupportedModel(
-                f"transformers has no {HEADS[head]} for {name}: choose another head or model"
+                f"{name} is no {NEEDED[head]}: transformers has no {HEADS[head]} for its architecture"
             ) from None
         except RuntimeError as error:
             if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
@@ -164,10 +168,14 @@ def _from_transformers(name: str, head: str | None, classes: int | None, seed: i
                 "leave classes out to keep it"
             ) from None
         fresh = tuple(sorted(found["missing_keys"]))
-        if head == "lm" and fresh:
+        made = tuple(model.config.architectures or ())
+        if head == "lm" and (fresh or any(kind.endswith(MASKED) for kind in made)):
+            reason = (
+                f"{fresh[0]} is not among its weights" if fresh else f"it was made as {made[0]}"
+            )
             raise UnsupportedModel(
-                f"{name} is no language model: {fresh[0]} is not among its weights. Choose a head for "
-                f"it, one of {', '.join(HEADS)}"
+                f"{name} is no {NEEDED[head]}: {reason}. Choose a head for it, one of "
+                f"{', '.join(HEADS)}"
             )
         if head == "classification":
             model.config.get_text_config().pad_token_id = _padding_token(folder, model.config)

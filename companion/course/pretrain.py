@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from companion.course.corpus import Corpus, docstrings
 from companion.course.sources import quiet_transformers
 from companion.data.text import Trigram, blocks, encode, windows
+from companion.errors import CheckpointError
 from companion.evaluation.language import as_perplexity, document_losses
 from companion.files import write_atomically
 from companion.training.fit import default_loss, fit
@@ -129,8 +130,18 @@ def pretrain(
     -------
     dict
         What training.json holds: data, versions, tokens seen, curve, perplexities.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds something else.
     """
     folder = Path(folder)
+    ours = any((folder / name).exists() for name in ("run", "training.json"))
+    if folder.exists() and any(folder.iterdir()) and not ours:
+        raise CheckpointError(
+            f"{folder} holds files that pretrain did not write: choose another folder"
+        )
     corpus = corpus or docstrings(progress=progress)
     tokenizer = train_tokenizer(corpus.train)
     train, validation, test = (
