@@ -22,7 +22,7 @@ def byte_level(**special):
 
 def word_pieces():
     """Like Llama's: a token begins with the space before its word, and what is unknown is bytes."""
-    words = [("<unk>", 0.0), ("</s>", 0.0), *((f"▁{word}", -2.0) for word in WORDS),
+    words = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -8.0), *((f"▁{word}", -2.0) for word in WORDS),
              *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]  # fmt: skip
     unigram = Tokenizer(models.Unigram(words, unk_id=0, byte_fallback=True))
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()

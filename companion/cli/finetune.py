@@ -82,13 +82,18 @@ def finetune(
         )
     parts = {part for name, _ in start.named_modules() for part in name.split(".")}
     skip = [name for name in FRESH if name in parts]
+    for method in methods:
+        if method not in ARMS:
+            raise ValueError(f"method {method!r} is unknown: choose from {', '.join(ARMS)}")
     for scheme in schemes:  # what cannot be quantized is found before anything is trained
         prepare_qat(start, scheme, "absmax", skip=skip, embeddings=embeddings)
+        for method in methods if embeddings else ():
+            ARMS[method].prepare(start, scheme, data, skip, embeddings=True)
     asked = {"model": model, "task": task, "steps": steps, "rates": list(rates),
              "batch_size": batch_size, "embeddings": embeddings,
              **{name: value for name, value in options.items() if value is not None}}  # fmt: skip
     names = [model_folder(ARMS[method], scheme) for scheme in schemes
-             for method in dict.fromkeys((NEAREST.name, *methods)) if method in ARMS]  # fmt: skip
+             for method in dict.fromkeys((NEAREST.name, *methods))]  # fmt: skip
     content = _claim(folder, asked, names)
     table = compare(
         start, data, schemes, methods, steps=steps, seeds=seeds, rates=rates, skip=skip,
