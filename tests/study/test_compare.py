@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -310,3 +311,14 @@ def test_a_trial_is_the_run_that_tuning_does(tmp_path):
 def test_what_cannot_be_compared_is_named_at_once(schemes, methods, rates, error, message):
     with pytest.raises(error, match=message):
         compare(model(), task(), schemes, methods, **ONCE | {"rates": rates})
+
+
+def test_what_stays_float_takes_the_bytes_of_a_bfloat16_checkpoint(tmp_path):
+    start = model().bfloat16().float()
+    table = compare(start, task(), SCHEME, "lsq", skip=["0"], models=tmp_path, **ONCE)
+    (file,) = tmp_path.glob("*lsq*/model.safetensors")
+    kept = load_file(file)["0.weight"]
+    assert kept.dtype == torch.bfloat16
+    assert not torch.equal(kept, start[0].weight.bfloat16())  # it was trained
+    run = next(r for r in table.attrs["runs"] if r["method"] == "lsq")
+    assert run["bytes"] == pytest.approx(file.stat().st_size, abs=64)  # the file's own metadata
