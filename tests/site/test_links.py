@@ -27,7 +27,8 @@ class Reader(HTMLParser):
         if tag == "a" and values.get("href"):
             self.links.append(values["href"])
         for name in ("src", "href"):
-            if tag in ("img", "script", "link", "source", "iframe") and values.get(name):
+            loads = tag in ("img", "script", "link", "source", "iframe")
+            if loads and values.get(name) and values.get("rel") != "canonical":
                 self.assets.append(values[name])
         if tag == "meta" and values.get("property"):
             self.meta[values["property"]] = values["content"]
