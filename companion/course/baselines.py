@@ -14,7 +14,7 @@ import numpy as np
 from companion.course.corpus import docstrings, language_reference
 from companion.course.passages import code_words, continuations, summaries, topics
 from companion.course.sources import load_tokenizer
-from companion.data.text import Trigram, encode
+from companion.data.text import CHOICES, Trigram, encode
 from companion.errors import extra
 from companion.evaluation.estimates import Scores
 from companion.evaluation.metrics import first_is_best, hits, span_f1
@@ -44,14 +44,14 @@ def trigram_choice() -> Scores:
     """The same trigram's choice among four continuations."""
     tokenizer = load_tokenizer("docs-lm")
     model = trigram([docstrings(progress=False).train], tokenizer)
-    losses = []
-    for context, options in continuations()["test"]:
-        before = encode([context], tokenizer)[0]
-        after = encode([" " + option for option in options], tokenizer)
-        whole = model.losses([before + tokens for tokens in after], tokenizer.bos_token_id)
-        alone = model.losses([before], tokenizer.bos_token_id)
-        losses += list((whole - alone) / [len(tokens) for tokens in after])
-    return hits(first_is_best(np.array(losses)))
+    questions = continuations()["test"]
+    before = encode([question.context for question in questions], tokenizer)
+    after = encode([f" {choice}" for q in questions for choice in q.choices], tokenizer)
+    start = tokenizer.bos_token_id
+    whole = model.losses([before[i // CHOICES] + tokens for i, tokens in enumerate(after)], start)
+    alone = np.repeat(model.losses(before, start), CHOICES)
+    losses = (whole - alone) / [len(tokens) for tokens in after]
+    return hits(first_is_best(losses))
 
 
 def tfidf() -> Scores:

@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,7 +74,7 @@ class Corpus:
     versions: dict[str, str]
     packages: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of all documents in order: equal text, equal hash."""
         digest = hashlib.sha256()
@@ -124,13 +125,10 @@ def docstrings(packages: Iterable[str] = tuple(PACKAGES), progress: bool = True)
     versions["python"] = ".".join(map(str, sys.version_info[:3]))
     key = hashlib.sha256(json.dumps([FORMAT, versions]).encode()).hexdigest()[:12]
     path = cache_folder() / f"docstrings-{key}.json"
-    if path.exists():
-        splits = json.loads(path.read_text())
-    else:
+    if not path.exists():
         splits = _split(packages, progress)
         write_atomically(path, lambda partial: partial.write_text(json.dumps(splits)))
-    texts, origins = ({part: tuple(pair[i] for pair in pairs) for part, pairs in splits.items()}
-                      for i in (0, 1))  # fmt: skip
+    texts, origins = _read(path)
     return Corpus(versions=versions, packages=origins, **texts)
 
 
@@ -225,6 +223,14 @@ def _split(packages: list[str], progress: bool) -> dict[str, list[tuple[str, str
     for part in HELD_OUT:
         splits[part] = [pair for pair in splits[part] if not _found(ngrams(pair[0]), read)]
     return splits
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """Documents and their packages, for each split; several tasks ask for them in one process."""
+    splits = json.loads(path.read_text())
+    return tuple({part: tuple(pair[i] for pair in pairs) for part, pairs in splits.items()}
+                 for i in (0, 1))  # fmt: skip
 
 
 def _found(grams: np.ndarray, read: np.ndarray) -> bool:

@@ -11,13 +11,13 @@ from companion.cli import app as cli
 from companion.course import pretrain, tasks
 from companion.course.corpus import Corpus, docstrings
 from companion.course.sources import find
-from companion.errors import NonFiniteLoss
+from companion.errors import CheckpointError, NonFiniteLoss
 
 
 @pytest.fixture(scope="module")
 def little() -> Corpus:
     whole = docstrings(["networkx"], progress=False)
-    return Corpus(whole.train[:400], whole.validation[:20], whole.test[:20], whole.versions)
+    return Corpus(whole.train[:200], whole.validation[:8], whole.test[:8], whole.versions)
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +26,13 @@ def _small(monkeypatch):
 
 
 def test_writes_a_model_that_loads_and_says_how_it_was_made(little, tmp_path):
-    report = pretrain.pretrain(tmp_path, steps=6, batch_size=2, corpus=little)
+    report = pretrain.pretrain(tmp_path, steps=3, batch_size=2, corpus=little)
     again = load_pretrained(str(tmp_path))
     assert again.num_parameters() == report["parameters"]
     saved = json.loads((tmp_path / "training.json").read_text())
     assert saved["corpus_sha256"] == little.sha256
-    assert [step for step, _ in saved["validation"]] == [0, 1, 2, 3, 4, 5, 6]
-    assert saved["tokens_seen"] == 6 * 2 * 256
+    assert [step for step, _ in saved["validation"]] == [0, 1, 2, 3]
+    assert saved["tokens_seen"] == 3 * 2 * 256
     card = (tmp_path / "README.md").read_text()
     for what in (little.sha256, "Kneser-Ney", "perplexity", "licen", f"{report['steps']} steps"):
         assert what in card
@@ -40,18 +40,28 @@ def test_writes_a_model_that_loads_and_says_how_it_was_made(little, tmp_path):
 
 
 def test_interrupted_it_goes_on_and_ends_at_the_same_weights(little, tmp_path, monkeypatch):
-    whole = pretrain.pretrain(tmp_path / "whole", steps=120, batch_size=1, corpus=little)
-
     real = pretrain.fit
-    monkeypatch.setattr(pretrain, "fit", lambda *a, **k: real(*a, **{**k, "schedule": Stop()}))
+
+    def train(folder, **changed):
+        """Twelve steps, with checkpoints a fifth of them apart."""
+        monkeypatch.setattr(pretrain, "fit", lambda *a, **k: real(*a, **{**k, **changed}))
+        return pretrain.pretrain(tmp_path / folder, steps=12, batch_size=1, corpus=little)
+
+    whole = train("whole", checkpoint_every=5)
     with pytest.raises(NonFiniteLoss):
-        pretrain.pretrain(tmp_path / "cut", steps=120, batch_size=1, corpus=little)
+        train("cut", checkpoint_every=5, schedule=Stop())
     assert (tmp_path / "cut" / "run").exists()
-    monkeypatch.setattr(pretrain, "fit", lambda *a, **k: real(*a, **{**k, "schedule": Stop(2)}))
-    again = pretrain.pretrain(tmp_path / "cut", steps=120, batch_size=1, corpus=little)
+    again = train("cut", checkpoint_every=5, schedule=Stop(2))
     assert again["test_perplexity"] == whole["test_perplexity"]
     first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("whole", "cut"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_folder_with_other_content_is_left_alone(little, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="did not write: choose another folder"):
+        pretrain.pretrain(tmp_path, steps=1, corpus=little)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 class Stop:

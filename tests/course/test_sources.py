@@ -68,3 +68,32 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'companion\[language\]'"):
         load_tokenizer()
+
+
+def test_without_the_weights_of_docs_lm_their_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "sources.py"))
+    for ask in (lambda: load_pretrained("docs-lm"), load_tokenizer):
+        with pytest.raises(
+            SourceUnavailable, match=r"docs-lm .* pip install 'companion\[course\]'"
+        ):
+            ask()
+
+
+def test_what_the_hub_says_is_told(monkeypatch):
+    from huggingface_hub.errors import HfHubHTTPError
+
+    class Gated(HfHubHTTPError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "Access to it is restricted.\nAsk for it.")
+
+    def answer(*args, **kwargs):
+        raise Gated
+
+    monkeypatch.setattr("huggingface_hub.model_info", answer)
+    with pytest.raises(
+        SourceUnavailable, match=r"nobody/a-model.*Access to it is restricted"
+    ) as caught:
+        load_tokenizer("nobody/a-model")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SourceUnavailable, match="could not be had from the Hub"):
+        load_pretrained("no such id/at all/there")
