@@ -1,6 +1,7 @@
 """What this machine has: versions, threads, quantized engines, sources of weights.
 
-Built in chapter 1.
+`torch.utils.collect_env` and `transformers env` list what is installed; these checks say whether
+what the course needs of it works, and what to do if not. Built in chapter 1.
 """
 
 from __future__ import annotations

@@ -200,16 +200,18 @@ def open_tokenizer(name: str):
         If there is none.
     """
     _refuse_images(name)
-    if name.endswith(".onnx") and not Path(name).is_file():
-        raise SourceUnavailable(f"{name} is missing: export writes such a file")
-    folder = str(Path(name).parent) if name.endswith(".onnx") else name
+    exported = name.endswith(".onnx")
+    folder = str(Path(name).parent) if exported else name
     try:
+        if exported and not Path(folder).is_dir():
+            raise FileNotFoundError(folder)
         tokenizer = load_tokenizer(folder)
     except (SourceUnavailable, DamagedFile, MissingExtra):
         raise
     except Exception:  # where tokenizer.json is damaged, it is no kind of its own
         raise SourceUnavailable(
             f"no tokenizer was found for {name}: tokenizer.json belongs beside the model's file"
+            f"{', which is missing, too' if exported and not Path(name).is_file() else ''}"
         ) from None
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest(_config(folder)))
     return tokenizer

@@ -11,6 +11,7 @@ import transformers as tf
 from typer.testing import CliRunner
 
 from companion.cli import app as cli
+from companion.cli import main
 from companion.cli.stages import open_model
 from companion.course import tasks
 from companion.course.sources import MINILM, load_tokenizer
@@ -279,3 +280,12 @@ def test_both_commands_exist_and_help(command):
     run = subprocess.run([*command, "doctor", "--help"], capture_output=True, text=True, check=True)
     assert "One OK or FAIL line each" in run.stdout
     assert "Example" in run.stdout
+
+
+def test_without_typer_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "companion.cli.app")
+    with pytest.raises(
+        SystemExit, match=r"^companion: typer is missing: pip install 'companion\[cli\]'$"
+    ):
+        main()

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import transformers as tf
 
-from companion.cli.stages import is_quantized, open_model, open_tokenizer
+from companion.cli.stages import open_model, open_tokenizer
+from companion.course.models import is_quantized
 from companion.errors import SourceUnavailable
 from companion.formats.onnx.model import OnnxModel
 from companion.qat.saved import save_quantized
+from tests import tiny
 
 
 def test_a_saved_and_an_exported_model_answer_alike(served_docs_lm, tmp_path):
@@ -30,3 +33,24 @@ def test_other_folders_are_not_taken_for_quantized_models(tmp_path, text):
 def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(SourceUnavailable, match=r"tokenizer\.json belongs beside"):
         open_tokenizer(str(tmp_path / "model.onnx"))
+    with pytest.raises(SourceUnavailable, match="which is missing, too"):
+        open_tokenizer(str(tmp_path / "no" / "model.onnx"))
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    tokenizer = tiny.byte_level()
+    folder = tiny.saved(tmp_path, tiny.llama(tokenizer), tokenizer)
+    (tmp_path / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(SourceUnavailable, match=r"tokenizer\.json belongs beside"):
+        open_tokenizer(folder)
+
+
+@pytest.mark.parametrize(("context", "most"), [(40, 40), (None, 64)])
+def test_a_tokenizer_takes_no_more_than_its_model(tmp_path, context, most):
+    tokenizer = tiny.byte_level()  # 64 tokens
+    config = tf.RobertaConfig if context else tf.GPT2Config
+    settings = {"max_position_embeddings": 42} if context else {"n_positions": 128}
+    # RoBERTa counts positions from 2
+    config(vocab_size=len(tokenizer), pad_token_id=1, **settings).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert open_tokenizer(str(tmp_path)).model_max_length == most
