@@ -6,118 +6,31 @@ Built in chapter 14.
 from __future__ import annotations
 
 import copy
-import inspect
+import gc
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
 
-from companion.data.biencoder import BiEncoder
+from companion.classic.wrapper import QuantWrapper
 from companion.errors import UnsupportedModel, WrongStage, extra
+from companion.formats.onnx.graphs import KEY, STAY, Graph, cannot_be_traced, graph_of
 from companion.formats.onnx.layers import served_layers
 from companion.qat.layers import Packed
 from companion.qat.prepare import replace_modules
 
 OPSET = 23
-KEY = "companion"  # of the file's metadata
 LARGEST = 1_900_000_000
 """Bytes of tensors above which they stand in a file of their own: ONNX ends at two gigabytes."""
 LEVELS = (0, 1, 2, 3, 4)
-
-
-@dataclass(frozen=True)
-class Description:
-    """What an exported file says about itself.
-
-    Parameters
-    ----------
-    kind : {"decoder", "encoder", "retrieval", "module"}
-    layers : int
-        Of a decoder: those that keep keys and values.
-    heads, head_dim : int
-        Of its keys and values.
-    context : int
-        Most tokens that it takes, 0 where that is unknown.
-    stop : tuple of int
-        Tokens that end a text.
-    loss_type : str
-        As transformers name it.
-    quantization : str
-        What was quantized, and how.
-    """
-
-    kind: str
-    layers: int = 0
-    heads: int = 0
-    head_dim: int = 0
-    context: int = 0
-    stop: tuple[int, ...] = ()
-    loss_type: str = ""
-    quantization: str = ""
-
-
-class _Decoder(nn.Module):
-    """Logits and the new keys and values, given those of the tokens before."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        # RotaryEmbedding of ONNX wants a position for each token, not one row for all texts
-        self.positions = "position_ids" in inspect.signature(model.forward).parameters
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list) -> tuple:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(past):
-            cache.update(keys, values, layer)
-        before = attention_mask.shape[1] - input_ids.shape[1]
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device) + before
-        options = {"position_ids": positions.expand_as(input_ids)} if self.positions else {}
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask,
-                            past_key_values=cache, use_cache=True, **options)  # fmt: skip
-        layers = output.past_key_values.layers
-        return output.logits, [(layer.keys, layer.values) for layer in layers]
-
-
-class _Encoder(nn.Module):
-    """The logits of a head, or the last hidden state where there is none."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
-
-
-class _Embedder(nn.Module):
-    """One vector for each text."""
-
-    def __init__(self, model: BiEncoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model.embed(input_ids, attention_mask)
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """What the exporter needs: a module, inputs to trace it with, and names."""
-
-    module: nn.Module
-    inputs: tuple
-    shapes: tuple
-    names: Sequence[str]
-    outputs: Sequence[str]
 
 
 def export_onnx(
@@ -130,8 +43,10 @@ def export_onnx(
     """Write a converted model as an ONNX file that ONNX Runtime serves.
 
     Nothing is quantized anew: the file holds the integers and scales of `convert`. Embeddings
-    and output layers that share them share them there, too. Language models take and give their
-    keys and values; batch and length are free.
+    and output layers that share them share them there, too. There are kernels for 2, 4 and 8 bits,
+    so integers of 3 take the room of 4. Language models take and give their keys and values; batch
+    and length are free, and padding may stand on either side: positions are counted from the
+    attention mask. A decoder's generation settings travel with it.
 
     Parameters
     ----------
@@ -157,7 +72,9 @@ def export_onnx(
     WrongStage
         If the model was not converted.
     UnsupportedModel
-        If ONNX Runtime has no kernel for its groups, or the model cannot be traced.
+        If ONNX Runtime has no kernel for its groups, or no file can hold the model: it has an
+        encoder and a decoder, a recurrent state, or something that PyTorch's exporter does not
+        know.
 
     Examples
     --------
@@ -170,19 +87,20 @@ def export_onnx(
     """
     if accuracy_level not in LEVELS:
         raise ValueError(f"accuracy_level {accuracy_level!r} is unknown: use one of {LEVELS}")
-    packed = [module for module in model.modules() if isinstance(module, Packed)]
-    if getattr(model, "quantization", None) is None or not packed:
-        raise WrongStage("export_onnx() needs a model from convert(): convert it first")
-    served = (
-        copy.deepcopy(model).cpu().float()
-    )  # what its kernels compute in; integers stay as they are
+    _refuse_unconverted(model)
+    # float32 is what the kernels compute in; integers stay as they are
+    served = copy.deepcopy(model).cpu().float()
     layers = [module for module in served.modules() if isinstance(module, Packed)]
     served = replace_modules(served, served_layers(layers, accuracy_level))
+    if any("Experts" in type(module).__name__ for module in served.modules()):
+        served.set_experts_implementation("batched_mm")  # the one that PyTorch's exporter knows
     return write_graph(served.eval(), path, example=example)
 
 
 def write_graph(model: nn.Module, path: str | Path, *, example: Tensor | None = None) -> Path:
     """Trace a model, quantized or float, and write it.
+
+    The file is opened and run once by ONNX Runtime before it takes the place of an earlier one.
 
     Parameters
     ----------
@@ -193,30 +111,80 @@ def write_graph(model: nn.Module, path: str | Path, *, example: Tensor | None = 
         import onnx
 
     path = Path(path)
-    graph, description = _graph(model, example)
+    graph = graph_of(model.eval(), example)
     try:
-        with _grouped_heads():
+        with _grouped_heads(), _uncollected():
             program = torch.onnx.export(
                 graph.module.eval(), graph.inputs, dynamo=True, opset_version=OPSET, verbose=False,
                 dynamic_shapes=graph.shapes, input_names=graph.names, output_names=graph.outputs,
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise UnsupportedModel(f"{type(model).__name__} cannot be traced: {reason}") from error
+        raise cannot_be_traced(model, error) from error
     for node in program.model.graph.all_nodes():  # stack traces, which weigh more than a layer
         node.metadata_props.clear()
-    program.model.metadata_props[KEY] = json.dumps(asdict(description))
+    program.model.metadata_props[KEY] = json.dumps(asdict(graph.description))
     tensors = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".export-", dir=path.parent))
     try:
         program.save(partial / path.name, external_data=tensors > LARGEST)
         onnx.checker.check_model(partial / path.name)
+        _run_once(partial / path.name, graph, type(model).__name__)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == path.name):
             file.replace(path.parent / file.name)  # the tensors first, then what refers to them
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def _refuse_unconverted(model: nn.Module) -> None:
+    """Raise unless the model came from `convert`, and say what it is instead."""
+    modules = list(model.modules())
+    if any(isinstance(module, QuantWrapper) or _is_classic(module) for module in modules):
+        raise UnsupportedModel(
+            "QuantWrapper's integers run in PyTorch's own int8 kernels and have no place in an ONNX "
+            "file: keep that model in PyTorch with torch.save(model.state_dict(), ...), or train it "
+            "with prepare_qat() and convert(), which export_onnx() takes"
+        )
+    if getattr(model, "quantization", None) is None or not any(
+        isinstance(module, Packed) for module in modules
+    ):
+        raise WrongStage("export_onnx() needs a model from convert(): convert it first")
+
+
+def _is_classic(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized"))
+
+
+def _run_once(file: Path, graph: Graph, name: str) -> None:
+    """Open a written file and run it on what it was traced with, as whoever serves it will."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    tensors, _ = torch.utils._pytree.tree_flatten(graph.inputs)
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        given = (node.name for node in session.get_inputs())
+        session.run(None, {n: t.numpy() for n, t in zip(given, tensors, strict=True)})
+    except Exception as error:
+        reason = shorten(str(error), 160, placeholder=" ...").rstrip(".")
+        raise UnsupportedModel(
+            f"ONNX Runtime cannot run the file of this {name}, which was not written ({reason}): "
+            f"{STAY}"
+        ) from error
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep Python from searching the exporter's many small objects for garbage: a fifth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -234,58 +202,3 @@ def _grouped_heads() -> Iterator[None]:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
-
-
-def _graph(model: nn.Module, example: Tensor | None) -> tuple[_Graph, Description]:
-    quantization = str(getattr(model, "quantization", "") or "float32")
-    if example is not None:
-        graph = _Graph(model, (example,), ({0: "batch"},), ("input",), ("output",))
-        return graph, Description("module", quantization=quantization)
-    ids, mask = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)
-    text = {0: "batch", 1: "length"}
-    if isinstance(model, BiEncoder):
-        graph = _Graph(_Embedder(model), (ids, mask), (text, text),
-                       ("input_ids", "attention_mask"), ("sentence_embedding",))  # fmt: skip
-        return graph, Description("retrieval", quantization=quantization)
-    config = getattr(model, "config", None)
-    if config is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} is no model of transformers: pass an input for it, example=..."
-        )
-    loss_type = getattr(model, "loss_type", None) or ""
-    if not model.can_generate():
-        graph = _Graph(_Encoder(model), (ids, mask), (text, text),
-                       ("input_ids", "attention_mask"), ("logits",))  # fmt: skip
-        return graph, Description("encoder", loss_type=loss_type, quantization=quantization)
-    return _decoder_graph(model, config, ids, quantization)
-
-
-def _decoder_graph(model: nn.Module, config, ids: Tensor, quantization: str):
-    stop = {
-        token
-        for source in (config, getattr(model, "generation_config", None))
-        for token in _as_tuple(getattr(source, "eos_token_id", None))
-    }
-    config = config.get_text_config(decoder=True)  # models that also see have one inside
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    before, layers = 3, config.num_hidden_layers
-    past = [tuple(torch.zeros(len(ids), heads, before, width) for _ in "kv") for _ in range(layers)]
-    mask = torch.ones(len(ids), before + ids.shape[1], dtype=torch.int64)
-    text, one = {0: "batch", 1: "length"}, {0: "batch", 2: "past"}
-    shapes = (text, {0: "batch", 1: "past_and_length"}, [(one, one)] * layers)
-    names = [f"{{}}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    graph = _Graph(_Decoder(model), (ids, mask, past), shapes,
-                   ["input_ids", "attention_mask", *(n.format("past_key_values") for n in names)],
-                   ["logits", *(n.format("present") for n in names)])  # fmt: skip
-    return graph, Description(
-        "decoder", layers, heads, width, getattr(config, "max_position_embeddings", 0),
-        tuple(sorted(stop)),
-        "ForCausalLM", quantization,
-    )  # fmt: skip
-
-
-def _as_tuple(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
-    if tokens is None:
-        return ()
-    return tuple(tokens) if isinstance(tokens, Sequence) else (tokens,)

@@ -139,15 +139,17 @@ class BlockEmbedding(nn.Module):
     Parameters
     ----------
     blocks : Blocks
+    factor : Tensor, optional
+        What the rows are multiplied by afterwards.
     """
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Blocks, factor: Tensor | None = None) -> None:
         super().__init__()
-        self.blocks = blocks
+        self.blocks, self.factor = blocks, None if factor is None else float(factor)
 
     def forward(self, ids: Tensor) -> Tensor:
         blocks = self.blocks
-        return torch.onnx.ops.symbolic(
+        rows = torch.onnx.ops.symbolic(
             "com.microsoft::GatherBlockQuantized",
             (blocks.integers.view(blocks.rows, -1), ids, blocks.scales),
             {
@@ -157,9 +159,12 @@ class BlockEmbedding(nn.Module):
                 "quantize_axis": 1,
             },
             dtype=torch.float32,
-            shape=(*ids.shape, blocks.columns),
+            shape=(*ids.shape, blocks.count * blocks.size),  # whole blocks, as they are stored
             version=1,
         )
+        if blocks.columns < rows.shape[-1]:
+            rows = rows[..., : blocks.columns]
+        return rows if self.factor is None else rows * self.factor
 
 
 class Int8Linear(nn.Module):
@@ -219,7 +224,7 @@ def served_layers(layers: Iterable[Packed], accuracy_level: int) -> dict[Packed,
         key = layer.integers.data_ptr()
         blocks = shared[key] if key in shared else shared.setdefault(key, Blocks(layer))
         served[layer] = (
-            BlockEmbedding(blocks)
+            BlockEmbedding(blocks, layer.factor)
             if isinstance(layer, QuantizedEmbedding)
             else BlockLinear(layer, blocks, accuracy_level)
         )

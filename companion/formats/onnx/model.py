@@ -6,7 +6,8 @@ Built in chapter 14.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from companion.errors import DamagedFile, UnsupportedModel, extra
-from companion.formats.onnx.export import KEY, Description
+from companion.errors import DamagedFile, UnreadableBatch, UnsupportedModel, extra
+from companion.evaluation.forward import refuse
+from companion.formats.onnx.choice import TOP_K, active_settings, choose, draw_rules, rules
+from companion.formats.onnx.graphs import KEY, Description, tokens
 
 
 class Output(NamedTuple):
@@ -70,12 +73,17 @@ class OnnxModel(nn.Module):
         except Exception as error:
             reason = str(error).split("\n")[0]
             raise DamagedFile(f"{path} cannot be read ({reason}): export it again") from None
-        self.description = Description(**saved | {"stop": tuple(saved["stop"])})
+        try:
+            self.description = _description(saved)
+        except (KeyError, TypeError):
+            raise DamagedFile(
+                f"{path} was written by another version of export_onnx(): export it again"
+            ) from None
         self.loss_type = self.description.loss_type
         self.eval()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Tensor
     ) -> Output | Tensor:
         """Answer a batch: logits, or for a plain module its output.
 
@@ -84,10 +92,21 @@ class OnnxModel(nn.Module):
         input_ids : Tensor, int64, shape (batch, length)
             Or the input of a plain module.
         attention_mask : Tensor, int64, shape (batch, length), optional
+            0 at padding, on either side. Default: no padding.
+        **others : Tensor
+            ``token_type_ids``, where the model was trained with two kinds of segments; all 0
+            where they are left out.
+
+        Raises
+        ------
+        UnreadableBatch
+            If the file takes no such input, or inputs do not fit each other.
         """
         if self.description.kind == "module":
+            given = others | ({} if attention_mask is None else {"attention_mask": attention_mask})
+            refuse(self, given, given)
             return self._run({"input": input_ids})[0]
-        feed = self._texts(input_ids, attention_mask)
+        feed = self._texts(input_ids, attention_mask, others)
         if self.description.kind == "decoder":
             feed |= self._no_past(len(input_ids))
         return Output(self._run(feed)[0])
@@ -95,74 +114,159 @@ class OnnxModel(nn.Module):
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """One vector of length one for each text: shape (batch, width)."""
         self._needs("retrieval")
-        return self._run(self._texts(input_ids, attention_mask))[0]
+        return self._run(self._texts(input_ids, attention_mask, {}))[0]
 
     def generate(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int = 50,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
         seed: int = 0,
         stop: bool = True,
+        settings: Mapping | None = None,
     ) -> Iterator[int]:
         """Go on with a text, token by token, each as soon as it is known.
+
+        The model's generation settings (tokens that end a text, a repetition penalty, what to
+        draw from) travel in the file and hold here as they do in transformers.
 
         Parameters
         ----------
         input_ids : Tensor, int64, shape (1, length)
-        max_new_tokens : int
-            Fewer come where the model ends the text, or its context is full.
-        temperature : float
-            0 takes the likeliest token each time.
+        attention_mask : Tensor, int64, shape (1, length), optional
+            Places that are 0 are left out.
+        max_new_tokens : int, optional
+            Fewer come where the model ends the text, or its context is full. Default: what the
+            settings say, or 50.
+        temperature : float, optional
+            0 takes the likeliest token each time. Default: what the settings say, or 0.
         seed : int
             Of the draws, where the temperature is above 0.
         stop : bool
             End where the model ends the text.
+        settings : mapping, optional
+            To go by instead of those in the file, such as ``{"repetition_penalty": 1.2}``.
 
         Yields
         ------
         int
-        """
-        with extra("deploy"):
-            import onnxruntime
 
+        Raises
+        ------
+        ValueError
+            If the prompt is empty, more than one text, or leaves no room in the context.
+        UnsupportedModel
+            If the file holds no language model, or the settings ask for something else than one
+            token after the other, such as beams.
+        """
         self._needs("decoder")
-        names = [node.name for node in self._session.get_outputs()]
+        wanted = active_settings(self.description.generation if settings is None else settings)
+        if temperature is None:
+            temperature = wanted.get("temperature", 1.0) if wanted.get("do_sample") else 0.0
+        if wanted.get("do_sample") and "top_k" not in (settings or self.description.generation):
+            wanted["top_k"] = TOP_K
+        told = _text(input_ids, attention_mask)
+        limit = self._limit(len(told), max_new_tokens, wanted)
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} is below 0, which takes the likeliest")
+        ends = self.description.stop
+        if settings is not None and "eos_token_id" in wanted:
+            ends = tokens(wanted["eos_token_id"])
+        always = rules(wanted, len(told), limit, ends)
+        drawn = draw_rules(wanted) if temperature else []
         rng = np.random.default_rng(seed)
-        ids, length = input_ids.cpu().numpy(), input_ids.shape[1]
-        context = self.description.context or length + max_new_tokens
-        past = self._no_past(1)
-        past = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(x.numpy()) for name, x in past.items()
-        }
-        for _ in range(min(max_new_tokens, context - length)):
-            text = {"input_ids": ids, "attention_mask": np.ones((1, length), dtype=np.int64)}
-            feed = {n: onnxruntime.OrtValue.ortvalue_from_numpy(x) for n, x in text.items()}
+
+        def choice(logits: np.ndarray) -> int:
+            return choose(logits, told, always, drawn, temperature, rng)
+
+        return self._tokens(told, limit, ends if stop else (), choice)
+
+    def _limit(self, prompt: int, most: int | None, settings: Mapping) -> int:
+        """Most tokens of prompt and answer together."""
+        context = self.description.context or math.inf
+        if most is None:
+            total = settings.get("max_length", prompt + 50)
+            total = prompt + settings["max_new_tokens"] if "max_new_tokens" in settings else total
+        else:
+            total = prompt + most
+        if prompt >= context:
+            raise ValueError(
+                f"the prompt has {prompt} tokens and the model's context ends at {context}, which "
+                f"leaves no room for a new one: shorten it to at most {context - 1}"
+            )
+        if total <= prompt:
+            raise ValueError(
+                f"max_new_tokens={total - prompt} asks for no token: give 1 or more"
+                if most is not None
+                else f"the prompt has {prompt} tokens and the generation settings end a text at "
+                f"{total}: give max_new_tokens"
+            )
+        return min(total, context)
+
+    def _tokens(
+        self, told: list[int], limit: int, ends: Sequence[int], choice: Callable
+    ) -> Iterator[int]:
+        """Append to a text until it ends; `choice` reads it."""
+        with extra("deploy"):
+            from onnxruntime import OrtValue
+
+        names = [node.name for node in self._session.get_outputs()]
+        past = {name: OrtValue.ortvalue_from_numpy(x.numpy())
+                for name, x in self._no_past(1).items()}  # fmt: skip
+        ids = np.array([told])
+        while len(told) < limit:
+            text = {"input_ids": ids, "attention_mask": np.ones((1, len(told)), dtype=np.int64)}
+            feed = {name: OrtValue.ortvalue_from_numpy(x) for name, x in text.items()}
             logits, *present = self._session.run_with_ort_values(names, feed | past)
-            token = _choose(logits.numpy()[0, -1], temperature, rng)
+            token = choice(logits.numpy()[0, -1])
+            told.append(token)
             yield token
-            if stop and token in self.description.stop:
+            if token in ends:
                 return
-            past = dict(zip(past, present, strict=True))
-            ids, length = np.array([[token]]), length + 1
+            past, ids = dict(zip(past, present, strict=True)), np.array([[token]])
 
     def extra_repr(self) -> str:
         return f"{self.description.kind}: {self.description.quantization}"
 
-    def _texts(self, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+    def _texts(self, ids: Tensor, mask: Tensor | None, others: Mapping) -> dict[str, Tensor]:
+        mask = torch.ones_like(ids) if mask is None else mask
+        feed = {"input_ids": ids, "attention_mask": mask, **others}
+        known = [node.name for node in self._session.get_inputs()]
+        refuse(self, others, set(others) - set(known))
+        if "token_type_ids" in known:
+            feed.setdefault("token_type_ids", torch.zeros_like(ids))
+        if ids.is_floating_point():
+            raise UnreadableBatch(f"input_ids are {ids.dtype}, and tokens are integers")
+        feed = {name: tensor.to(torch.int64) for name, tensor in feed.items() if name in known}
+        for name, tensor in feed.items():
+            if tensor.dim() != 2 or tensor.shape != ids.shape:
+                raise UnreadableBatch(
+                    f"{name} has shape {tuple(tensor.shape)} and input_ids {tuple(ids.shape)}: both "
+                    "are (batch, length)"
+                )
+        return feed
 
     def _no_past(self, batch: int) -> dict[str, Tensor]:
-        form = self.description
-        empty = torch.zeros(batch, form.heads, 0, form.head_dim)
-        return {f"past_key_values.{layer}.{part}": empty
-                for layer in range(form.layers) for part in ("key", "value")}  # fmt: skip
+        return {f"past_key_values.{layer}.{part}": torch.zeros(batch, heads, 0, width)
+                for layer, (heads, *widths) in enumerate(self.description.past)
+                for part, width in zip(("key", "value"), widths, strict=True)}  # fmt: skip
 
     def _run(self, feed: dict[str, Tensor]) -> list[Tensor]:
         arrays = {name: tensor.cpu().numpy() for name, tensor in feed.items()}
         outputs = [self._session.get_outputs()[0].name]
-        return [torch.from_numpy(array) for array in self._session.run(outputs, arrays)]
+        try:
+            found = self._session.run(outputs, arrays)
+        except Exception as error:  # of several classes, none of them public
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items() if x.size)
+            places = {node.name: node.shape for node in self._session.get_inputs()}
+            takes = ", ".join(f"{name} {places[name]}" for name, x in arrays.items() if x.size)
+            reason = str(error).split("Status Message:")[-1].strip().split("\n")[0]
+            raise UnreadableBatch(
+                f"the file takes {takes}, and cannot compute {shapes}: {reason}"
+            ) from error
+        return [torch.from_numpy(array) for array in found]
 
     def _needs(self, kind: str) -> None:
         if self.description.kind != kind:
@@ -171,10 +275,24 @@ class OnnxModel(nn.Module):
             )
 
 
-def _choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
-    """The likeliest token, or one drawn by the softened probabilities."""
-    if temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
-    return int(rng.choice(len(weights), p=weights / weights.sum()))
+def _description(saved: dict) -> Description:
+    """From JSON, which knows no tuples."""
+    past = tuple(tuple(layer) for layer in saved["past"])
+    return Description(**saved | {"past": past, "stop": tuple(saved["stop"])})
+
+
+def _text(ids: Tensor, mask: Tensor | None) -> list[int]:
+    """The tokens of one text, without its padding."""
+    if ids.dim() != 2 or len(ids) != 1:
+        raise ValueError(
+            f"input_ids has shape {tuple(ids.shape)}, and generate goes on with one text: give "
+            "(1, length), and call it for each text of a batch"
+        )
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(ids.shape)}"
+        )
+    told = ids[0] if mask is None else ids[0][mask[0].bool()]
+    if not len(told):
+        raise ValueError("the prompt is empty: begin with a token, such as tokenizer.bos_token_id")
+    return told.tolist()

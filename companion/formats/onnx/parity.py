@@ -5,18 +5,19 @@ Built in chapter 14.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from companion.data.task import Task
 from companion.errors import extra
 from companion.evaluation.estimates import Estimate
+from companion.evaluation.forward import outputs
 from companion.evaluation.metrics import METRICS
 from companion.formats.onnx.model import OnnxModel
 from companion.numerics.packing import unpack
@@ -81,7 +82,8 @@ def parity(model: nn.Module, path: str | Path, task: Task, *, batches: int = 4) 
     """
     served, measure = OnnxModel(path), METRICS[task.metric].measure
     pairs = list(_matches(model, read_integers(path)))
-    ours, theirs = (_answers(m, islice(task.validation, batches)) for m in (model, served))
+    ours, theirs = ([logits.cpu() for _, logits in outputs(m, islice(task.validation, batches))]
+                    for m in (model, served))  # fmt: skip
     error = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
     same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten()
                       for a, b in zip(ours, theirs, strict=True)])  # fmt: skip
@@ -161,12 +163,3 @@ def _matches(model: nn.Module, found: Mapping[str, tuple[np.ndarray, np.ndarray]
             padded = np.pad(ours, ((0, 0), (0, integers.shape[1] - layer.columns)))
             repeated = np.broadcast_to(layer.scale.cpu().float().numpy(), scales.shape)
             yield np.array_equal(integers, padded), np.array_equal(scales, repeated)
-
-
-def _answers(model: nn.Module, batches: Iterable[Mapping]) -> list[Tensor]:
-    """The logits of a few batches."""
-    device = getattr(model, "device", "cpu")
-    with torch.no_grad():
-        return [model(**{key: value.to(device) for key, value in batch.items()
-                         if key not in ("labels", "document")}).logits.cpu()
-                for batch in batches]  # fmt: skip

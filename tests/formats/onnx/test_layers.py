@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from companion import W4, QuantScheme, convert, prepare_qat
+from companion import W4, QuantScheme, convert, export_onnx, prepare_qat
 from companion.errors import UnsupportedModel
 from companion.formats.onnx.layers import Blocks, pack_unsigned, served_layers
+from companion.formats.onnx.model import OnnxModel
 from companion.numerics.packing import unpack
 
 
@@ -52,3 +53,44 @@ def test_tied_layers_share_their_blocks():
     converted = convert(prepare_qat(model, W4, "absmax", embeddings=True))
     first, second = served_layers(converted.values(), 0).values()
     assert first.blocks is second.blocks
+
+
+class Texts(nn.Module):
+    """For each width an embedding, a layer and an output, tied and not: all of it in one file."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ModuleList()
+        for width in widths:
+            for tied in (True, False):
+                part = nn.ModuleDict({
+                    "embedding": nn.Embedding(10, width),
+                    "between": nn.Linear(width, width),
+                    "output": nn.Linear(width, 10, bias=False),
+                })  # fmt: skip
+                if tied:
+                    part["output"].weight = part["embedding"].weight
+                self.parts.append(part)
+
+    def forward(self, ids):
+        found = [part["output"](part["between"](part["embedding"](ids))) for part in self.parts]
+        return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "widths"),
+    [(None, [32, 48, 96, 100, 576]), (16, [32, 48, 96, 576]), (32, [32, 96, 576]), (64, [576]),
+     (128, [256])],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_width_is_served_where_embeddings_are_rounded(tmp_path, bits, group_size, widths):
+    """Rows with a single scale once ended in whole blocks, wider than the layer that follows."""
+    scheme = QuantScheme(bits, group_size)
+    model = convert(prepare_qat(Texts(widths), scheme, "absmax", embeddings=True))
+    ids = torch.arange(10).view(2, 5)
+    served = OnnxModel(export_onnx(model, tmp_path / "model.onnx", example=ids), threads=1)
+    expected = model(ids)
+    # two sums of at most 576 products, each in an order of its own: 576 steps of 6e-8 of the largest
+    assert (served(ids) - expected).abs().max() < 576 * 2**-24 * expected.abs().max()
