@@ -290,9 +290,9 @@ def _from_file(path: Path, encoding: str | None = None) -> dict[str, list]:
         if encoding is not None:
             raise ValueError(f"{path}: Parquet files say themselves how they are encoded")
         with _said(path), extra("language"):
-            from pyarrow import parquet
+            import pandas as pd
 
-            return parquet.ParquetFile(path).read().to_pydict()
+            return _columns_of(pd.read_parquet(io.BytesIO(path.read_bytes())))
     text = _decoded(path, encoding)
     if not text.strip():
         raise SourceUnavailable(f"{path} is empty: give a file with text")
@@ -302,11 +302,14 @@ def _from_file(path: Path, encoding: str | None = None) -> dict[str, list]:
         with _said(path), extra("language"):
             import pandas as pd
 
-            frame = pd.read_csv(io.StringIO(text), low_memory=False)
-        frame = frame.astype(object).where(frame.notna(), None)
-        return {str(column): frame[column].tolist() for column in frame}
+            return _columns_of(pd.read_csv(io.StringIO(text), low_memory=False))
     rows = _objects(path, text)
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain(*rows))}
+
+
+def _columns_of(frame) -> dict[str, list]:
+    frame = frame.astype(object).where(frame.notna(), None)
+    return {str(column): frame[column].tolist() for column in frame}
 
 
 def _decoded(path: Path, encoding: str | None) -> str:
