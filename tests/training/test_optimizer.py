@@ -19,6 +19,7 @@ class Net(nn.Module):
         self.head = nn.Linear(32, 8, bias=False)
         self.head.weight = self.embedding.weight
         self.table_bias = nn.Parameter(torch.zeros(8, 8))
+        self.scale = nn.Parameter(torch.ones(8, 2))  # a learned range, as torchao names it
         self.temperature = nn.Parameter(torch.tensor(1.0))
 
 
@@ -32,7 +33,7 @@ def test_matrices_decay():
     model = Net()
     decays = {"embedding.weight", "conv.weight", "linear.weight"}
     assert names(model) == {0.1: decays, 0.0: set(dict(model.named_parameters())) - decays}
-    assert sum(len(group["params"]) for group in parameter_groups(model, 0.1)) == 10  # tied: once
+    assert sum(len(group["params"]) for group in parameter_groups(model, 0.1)) == 11  # tied: once
 
 
 @pytest.mark.parametrize("method", ["lsq", "mse"])
