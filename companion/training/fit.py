@@ -254,12 +254,11 @@ def fit(
             except BaseException:
                 save(done)
                 raise
-            if keeper is not None and (
-                done % checkpoint_every == 0 or done == steps or interrupted()
-            ):
+            stop = interrupted()
+            if keeper is not None and (done % checkpoint_every == 0 or done == steps or stop):
                 save(done)
                 processes.wait()
-            if interrupted():
+            if stop:
                 raise KeyboardInterrupt(f"resume=True continues after step {done}")
     if validation.best:
         model.load_state_dict(validation.best)
