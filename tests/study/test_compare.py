@@ -239,9 +239,9 @@ def test_an_arm_may_change_the_model_that_it_is_given():
         return prepare_qat(model, scheme, "absmax")
 
     columns = ["float", "value"]
-    clean = compare(model(), task(), [SCHEME], ["nearest-mse"], **ONCE)
+    clean = compare(model(), task(), [SCHEME], ["nearest-mse"], **QUICK)
     spoiled = compare(model(), task(), [SCHEME], [
-        Arm("early", spoil), Arm("late", spoil, float_share=1.0), "nearest-mse"], **ONCE)  # fmt: skip
+        Arm("early", spoil), Arm("late", spoil, float_share=1.0), "nearest-mse"], **QUICK)  # fmt: skip
     both = [("W2 row", "nearest"), ("W2 row", "nearest-mse")]
     assert spoiled.loc[both, columns].equals(clean.loc[both, columns])
 

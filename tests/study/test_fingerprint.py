@@ -1,6 +1,7 @@
 """Equal things hash alike in every process, and different ones do not."""
 
 import functools
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,7 +28,7 @@ def test_it_is_the_same_in_every_process():
         f"print(fingerprint(*{VALUES}))"
     )
     there = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
-                           text=True, env={"PYTHONHASHSEED": "1"}).stdout.strip()  # fmt: skip
+                           text=True, env=os.environ | {"PYTHONHASHSEED": "1"}).stdout.strip()  # fmt: skip
     torch.manual_seed(0)
     assert fingerprint(*eval(VALUES)) == there
 
