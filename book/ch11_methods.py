@@ -313,15 +313,18 @@ print(
 #
 # $$ \mathrm{KL}(p \,\|\, q) = \sum_k p_k\, (\log p_k - \log q_k), \qquad
 # p = \text{float}, \; q = \text{rounded}. $$
+#
+# The mean runs over the predictions that a label scores: a prompt that is masked in the labels is
+# not imitated, and neither is padding.
 
 # %%
 batch = next(iter(task.train))
 student = prepare_qat(start, W2, "lsq")
+ids = batch["input_ids"]
 with torch.no_grad():
-    log_p = start(input_ids=batch["input_ids"]).logits.log_softmax(
-        -1
-    )  # (rows, tokens, words)
-    log_q = student(input_ids=batch["input_ids"]).logits.log_softmax(-1)
+    # (rows, tokens, words); the last token of a row predicts nothing
+    log_p = start(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    log_q = student(input_ids=ids).logits[:, :-1].log_softmax(-1)
     by_hand = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     ours = distillation_loss(start)(student, batch)
     theirs = nn.KLDivLoss(reduction="batchmean", log_target=True)(
