@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, label_ranking_average_precision_score
 from sklearn.preprocessing import MultiLabelBinarizer
@@ -32,6 +32,7 @@ SENTENCES = st.lists(
 )  # fmt: skip
 
 
+@settings(deadline=None)  # a busy machine is no bug
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=40))
 def test_accuracy_and_macro_f1_are_those_of_scikit_learn(pairs):
     ours, true = map(np.array, zip(*pairs, strict=True))
@@ -39,6 +40,7 @@ def test_accuracy_and_macro_f1_are_those_of_scikit_learn(pairs):
     assert hits(ours == true).value == pytest.approx(accuracy_score(true, ours))
 
 
+@settings(deadline=None)  # a busy machine is no bug
 @given(SENTENCES)
 def test_span_f1_is_the_micro_f1_of_scikit_learn_over_spans(sentences):
     ours, true = ([[pair[i] for pair in pairs] for pairs in sentences] for i in (0, 1))
@@ -71,6 +73,7 @@ def test_spans(tags, found):
     assert spans(tags.split()) == found
 
 
+@settings(deadline=None)  # a busy machine is no bug
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=20))
 def test_reciprocal_rank_is_scikit_learns_with_one_relevant_text(ranks):
     relevance = np.zeros((len(ranks), 20))

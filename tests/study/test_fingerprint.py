@@ -16,7 +16,7 @@ from companion.data.task import Task
 from companion.study.fingerprint import fingerprint, of_task
 from companion.study.recipes import ARMS
 
-VALUES = """(list(ARMS.values()), W4, {"b", "a", "c"}, lambda x: x in {"p", "q", "r"},
+VALUES = """(list(ARMS.values()), W4, {"b", "a", "c"}, dict.fromkeys("qwertyuiop"), lambda x: x in {"p", "q", "r"},
              nn.Linear(2, 2).register_parameter)"""
 
 
