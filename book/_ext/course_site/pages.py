@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from docutils import nodes
     from sphinx.application import Sphinx
 
 
-MENDS = {
+MENDS = {  # wrong: right; names that are spoken are those that are seen, or there is one
     '<summary aria-label="Toggle hidden content">': "<summary>",
-    '<div role="list" class="citation-list">': '<div class="citation-list">',
+    '<div role="list" class="citation-list">': '<div class="citation-list">',  # has no items
+    '<summary><span class="toctree-toggle"': '<summary aria-label="Pages below"><span '
+    'class="toctree-toggle"',
+    'search-button-field search-button__button" title="Search" aria-label="Search"': "search-button-"
+    'field search-button__button" title="Search"',
 }
 
 
-def mend(
-    app: Sphinx,
-    pagename: str,
-    template: str,
-    context: dict[str, Any],
-    doctree: nodes.document,
-) -> None:
-    """Let visible words name what opens a hidden cell, and a list of references be no list."""
-    for wrong, right in MENDS.items():
-        context["body"] = context.get("body", "").replace(wrong, right)
-
-
-def mend_search(app: Sphinx, failed: Exception | None) -> None:
-    """Give the name of the search field to one of the two on the search page."""
-    page = Path(app.outdir) / "search.html"
-    if not failed and page.exists():
-        page.write_text(
-            page.read_text().replace(' id="search-input"', "", 1)
-        )
+def mend(app: Sphinx, failed: Exception | None) -> None:
+    """Mend the pages as they were written, whichever template a fault came from."""
+    if failed or app.builder.format != "html":
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        text = mended = page.read_text()
+        for wrong, right in MENDS.items():
+            mended = mended.replace(wrong, right)
+        if page.name == "search.html":  # it has the field twice
+            mended = mended.replace(
+                'id="search-input"',
+                "",
+                mended.count('id="search-input"') - 1,
+            )
+        if mended != text:
+            page.write_text(mended)
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("html-page-context", mend, priority=800)
-    app.connect("build-finished", mend_search)
+    app.connect("build-finished", mend)
