@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -20,22 +21,18 @@ from companion.evaluation.estimates import Scores
 from companion.evaluation.metrics import first_is_best, hits, span_f1
 
 
-def trigram(read: Iterable[Sequence[str]], tokenizer) -> Trigram:
-    """Count the trigrams of documents, in the tokens of a language model.
-
-    Parameters
-    ----------
-    read : iterable of sequences of str
-    tokenizer : PreTrainedTokenizerBase
-    """
-    documents = [row for part in read for row in encode(part, tokenizer)]
-    return Trigram.train(documents, len(tokenizer), tokenizer.bos_token_id)
+@cache
+def _docstring_tokens() -> list[np.ndarray]:
+    """What docs-lm has read, two bytes a token."""
+    rows = encode(docstrings(progress=False).train, load_tokenizer("docs-lm"))
+    return [np.array(row, np.uint16) for row in rows]
 
 
 def trigram_loss() -> Scores:
     """Kneser-Ney trigram of the training split of the language reference, and of all docstrings."""
     tokenizer, reference = load_tokenizer("docs-lm"), language_reference()
-    model = trigram([docstrings(progress=False).train, reference.train], tokenizer)
+    read = [*_docstring_tokens(), *encode(reference.train, tokenizer)]
+    model = Trigram.train(read, len(tokenizer), tokenizer.bos_token_id)
     test = encode(reference.test, tokenizer)
     return Scores(model.losses(test, tokenizer.bos_token_id), np.array([len(t) for t in test]))
 
@@ -43,7 +40,7 @@ def trigram_loss() -> Scores:
 def trigram_choice() -> Scores:
     """The same trigram's choice among four continuations."""
     tokenizer = load_tokenizer("docs-lm")
-    model = trigram([docstrings(progress=False).train], tokenizer)
+    model = Trigram.train(_docstring_tokens(), len(tokenizer), tokenizer.bos_token_id)
     questions = continuations()["test"]
     before = encode([question.context for question in questions], tokenizer)
     after = encode([f" {choice}" for q in questions for choice in q.choices], tokenizer)

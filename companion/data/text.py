@@ -286,7 +286,7 @@ class Trigram:
 
 
 def _trigrams(document: list[int], start: int) -> np.ndarray:
-    tokens = np.array([start, start, *document], np.int64)
+    tokens = np.concatenate(([start, start], document)).astype(np.int64)
     return np.stack([tokens[:-2], tokens[1:-1], tokens[2:]], 1)
 
 

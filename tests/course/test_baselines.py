@@ -6,9 +6,9 @@ from sklearn.dummy import DummyClassifier
 
 from companion import load_task
 from companion.course import passages
-from companion.course.baselines import BASELINES, looks_like_code, trigram
+from companion.course.baselines import BASELINES, looks_like_code
 from companion.course.sources import load_tokenizer
-from companion.data.text import encode
+from companion.data.text import Trigram, encode
 from companion.evaluation.estimates import Scores
 from companion.evaluation.metrics import span_f1
 
@@ -61,11 +61,10 @@ def _reference():
     return language_reference().test
 
 
-def test_the_trigram_of_both_texts_knows_both():
+def test_the_trigram_knows_the_order_of_what_it_read():
     tokenizer = load_tokenizer()
-    model = trigram([["the array of values"] * 3, ["another text entirely"]], tokenizer)
-    known, strange = (
-        float(model.losses(encode([text], tokenizer), tokenizer.bos_token_id)[0])
-        for text in ("the array of values", "values the of array")
-    )
+    read = encode(["the array of values"] * 3 + ["another text entirely"], tokenizer)
+    model = Trigram.train(read, len(tokenizer), tokenizer.bos_token_id)
+    texts = encode(["the array of values", "values the of array"], tokenizer)
+    known, strange = model.losses(texts, tokenizer.bos_token_id)
     assert known < strange
