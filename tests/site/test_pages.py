@@ -167,8 +167,8 @@ def tour(browser, site):
 )
 def test_every_page(tour, width, kind):
     faults = tour(width).faults[kind]
-    assert tour(width).solutions > 30
     assert not faults, "\n".join(faults)
+    assert tour(width).solutions >= 2 * len(tour(width).site.chapters)
 
 
 def test_hidden_boxes_are_open_on_paper_and_shut_afterwards(tab, site):
@@ -228,15 +228,13 @@ def test_figures_lie_on_white_in_the_dark(tab, site):
 
 
 def test_an_epigraph_has_its_golden_rule(tab, site):
-    page, count = tab(390), 0
+    page = tab(390)
     for path in site.chapters:
         page.goto(path, wait_until="load")
-        for colour in page.locator("blockquote.epigraph").evaluate_all(
+        colours = page.locator("blockquote.epigraph").evaluate_all(
             "(all) => all.map((e) => getComputedStyle(e).borderLeftColor)"
-        ):
-            count += 1
-            assert colour == "rgb(233, 185, 73)", path
-    assert count >= 16
+        )
+        assert colours == ["rgb(233, 185, 73)"], path
 
 
 def test_chapters_are_numbered_as_their_files_in_titles_sidebar_and_references(tab, site):
