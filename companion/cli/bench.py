@@ -69,7 +69,8 @@ def _times(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[float, flo
     prompt, stamps = ids.shape[1], [time.perf_counter()]
     tokens = int(min(tokens, longest(model) - prompt - 1))
     if isinstance(model, OnnxModel):
-        for _ in model.generate(ids, max_new_tokens=tokens + 1, stop=False):
+        greedy = {"temperature": 0.0, "stop": False, "settings": {}}  # as the loop below
+        for _ in model.generate(ids, max_new_tokens=tokens + 1, **greedy):
             stamps.append(time.perf_counter())
     else:
         cache = None

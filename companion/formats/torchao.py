@@ -15,6 +15,7 @@ from companion.numerics.packing import unpack
 from companion.numerics.scheme import W4A8
 from companion.qat.layers import DynamicInt8Linear, Packed, QuantizedEmbedding
 from companion.qat.prepare import replace_modules
+from companion.qat.saved import refuse_foreign
 
 
 def to_torchao(model: nn.Module) -> nn.Module:
@@ -49,6 +50,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
     >>> torch.equal(to_torchao(q)(x), q(x))
     True
     """
+    refuse_foreign(model, "to_torchao")
     model = copy.deepcopy(model)
     layers = [module for module in model.modules() if isinstance(module, Packed)]
     if not layers:

@@ -71,6 +71,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     >>> torch.equal(load_quantized(folder, model)(x), q(x))
     True
     """
+    refuse_foreign(model, "save_quantized")
     record: Quantization | None = getattr(model, "quantization", None)
     if record is None or not any(isinstance(m, Packed) for m in model.modules()):
         raise WrongStage("save_quantized() needs a model from convert(): convert it first")
@@ -110,6 +111,35 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     text = json.dumps(config, indent=1)
     write_atomically(folder / CONFIG, lambda p: p.write_text(text + "\n"))
     return folder
+
+
+def refuse_foreign(model: nn.Module, call: str) -> None:
+    """Raise where a model was converted, and not by `convert`.
+
+    Parameters
+    ----------
+    model : nn.Module
+    call : str
+        Who asks, for the message.
+
+    Raises
+    ------
+    UnsupportedModel
+        If its integers are those of `QuantWrapper` or torchao.
+    """
+    classic = ("torch.ao.nn", "companion.classic")
+    if any(type(module).__module__.startswith(classic) for module in model.modules()):
+        raise UnsupportedModel(
+            f"{call}() cannot take this model, since the integers of QuantWrapper live in PyTorch's "
+            "own int8 kernels: keep it by torch.save(model.state_dict(), ...), or train it with "
+            "prepare_qat() and convert() instead"
+        )
+    kinds = {type(parameter.data) for parameter in model.parameters()}
+    if any(kind.__module__.startswith("torchao") for kind in kinds):
+        raise UnsupportedModel(
+            f"{call}() cannot take this model, since its weights are tensors of torchao: give the "
+            "model that convert() returned, before to_torchao()"
+        )
 
 
 def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Module:

@@ -20,12 +20,12 @@ from textwrap import shorten
 import torch
 from torch import Tensor, nn
 
-from companion.classic.wrapper import QuantWrapper
 from companion.errors import UnsupportedModel, WrongStage, extra
 from companion.formats.onnx.graphs import KEY, STAY, Graph, cannot_be_traced, graph_of
 from companion.formats.onnx.layers import served_layers
 from companion.qat.layers import Packed
 from companion.qat.prepare import replace_modules
+from companion.qat.saved import refuse_foreign
 
 OPSET = 23
 LARGEST = 1_900_000_000
@@ -72,7 +72,8 @@ def export_onnx(
     WrongStage
         If the model was not converted.
     UnsupportedModel
-        If ONNX Runtime has no kernel for its groups, or no file can hold the model: it has an
+        If it was converted by `QuantWrapper` or `to_torchao`, if ONNX Runtime has no kernel for its
+        groups, or no file can hold the model: it has an
         encoder and a decoder, a recurrent state, or something that PyTorch's exporter does not
         know.
 
@@ -87,7 +88,10 @@ def export_onnx(
     """
     if accuracy_level not in LEVELS:
         raise ValueError(f"accuracy_level {accuracy_level!r} is unknown: use one of {LEVELS}")
-    _refuse_unconverted(model)
+    refuse_foreign(model, "export_onnx")
+    layers = [module for module in model.modules() if isinstance(module, Packed)]
+    if getattr(model, "quantization", None) is None or not layers:
+        raise WrongStage("export_onnx() needs a model from convert(): convert it first")
     # float32 is what the kernels compute in; integers stay as they are
     served = copy.deepcopy(model).cpu().float()
     layers = [module for module in served.modules() if isinstance(module, Packed)]
@@ -135,25 +139,6 @@ def write_graph(model: nn.Module, path: str | Path, *, example: Tensor | None = 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
-
-
-def _refuse_unconverted(model: nn.Module) -> None:
-    """Raise unless the model came from `convert`, and say what it is instead."""
-    modules = list(model.modules())
-    if any(isinstance(module, QuantWrapper) or _is_classic(module) for module in modules):
-        raise UnsupportedModel(
-            "QuantWrapper's integers run in PyTorch's own int8 kernels and have no place in an ONNX "
-            "file: keep that model in PyTorch with torch.save(model.state_dict(), ...), or train it "
-            "with prepare_qat() and convert(), which export_onnx() takes"
-        )
-    if getattr(model, "quantization", None) is None or not any(
-        isinstance(module, Packed) for module in modules
-    ):
-        raise WrongStage("export_onnx() needs a model from convert(): convert it first")
-
-
-def _is_classic(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized"))
 
 
 def _run_once(file: Path, graph: Graph, name: str) -> None:

@@ -23,6 +23,8 @@ from companion import (
     QuantWrapper,
     convert,
     prepare_qat,
+    save_quantized,
+    to_torchao,
 )
 from companion.data.biencoder import BiEncoder
 from companion.errors import UnreadableBatch, UnsupportedModel, WrongStage
@@ -231,13 +233,17 @@ def test_what_cannot_be_served_is_named_and_the_old_file_stays(tmp_path, last, m
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"from before"]
 
 
-def test_a_converted_wrapper_is_told_why_it_cannot_go_there(tmp_path):
+@pytest.mark.parametrize("call", [export_onnx, save_quantized, lambda model, _: to_torchao(model)])
+def test_what_others_converted_is_told_why_it_cannot_go_there(tmp_path, call):
     """It is converted, so "convert it first" would be no help."""
     wrapper = QuantWrapper(net()).prepare_qat()
     wrapper(X)
     for model in (wrapper, wrapper.freeze().convert(), nn.Sequential(wrapper.convert().model)):
-        with pytest.raises(UnsupportedModel, match=r"int8 kernels .* prepare_qat\(\) and convert"):
-            export_onnx(model, tmp_path / "model.onnx", example=X)
+        with pytest.raises(UnsupportedModel, match=r"int8 kernels: keep .* or train it with prep"):
+            call(model, tmp_path / "model")
+    with pytest.raises(UnsupportedModel, match=r"convert\(\) returned, before to_torchao\(\)"):
+        call(to_torchao(converted(W4)), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):

@@ -78,13 +78,15 @@ class Texts(nn.Module):
         return torch.stack(found, dim=1)
 
 
+ALL = [32, 48, 96, 100, 576]
+
+
 @pytest.mark.parametrize(
-    ("group_size", "widths"),
-    [(None, [32, 48, 96, 100, 576]), (16, [32, 48, 96, 576]), (32, [32, 96, 576]), (64, [576]),
-     (128, [256])],
+    ("bits", "group_size", "widths"),
+    [(2, None, ALL), (4, None, ALL), (8, None, ALL), (2, 16, [32, 48, 96, 576]),
+     (8, 32, [32, 96, 576]), (4, 64, [576]), (2, 128, [256])],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_width_is_served_where_embeddings_are_rounded(tmp_path, bits, group_size, widths):
     """Rows with a single scale once ended in whole blocks, wider than the layer that follows."""
     scheme = QuantScheme(bits, group_size)
