@@ -20,7 +20,9 @@ HERE = Path(__file__).parent
 GOLD, DARK, GREEN, PALE = "#E9B949", "#8A6410", "#2E7D5B", "#DDEFE6"
 
 
-def road(ax, widths, x0=0.0, y0=0.0, length=8.0, start=2.2, end=0.55, label=True):
+def road(
+    ax, widths, x0=0.0, y0=0.0, length=8.0, start=2.2, end=0.55, label=True
+):
     """Lay rows of bricks that narrow towards the horizon: each row has fewer of them."""
     edges = np.linspace(0, 1, len(widths) + 1) ** 0.8
     for row, bits in enumerate(widths):
@@ -44,14 +46,20 @@ def city(ax, x0, y0, scale=1.0):
     """Draw the towers of the green city."""
     for dx, width, height in [(-1.1, 0.4, 0.9), (-0.6, 0.5, 1.5), (0, 0.6, 2.1), (0.65, 0.5, 1.4),
                               (1.15, 0.4, 0.8)]:  # fmt: skip
-        left, wide, high = x0 + scale * (dx - width / 2), scale * width, scale * height
+        left, wide, high = (
+            x0 + scale * (dx - width / 2),
+            scale * width,
+            scale * height,
+        )
         ax.add_patch(Rectangle((left, y0), wide, high, color=GREEN))
         ax.add_patch(Polygon([(left, y0 + high), (left + wide, y0 + high),
                               (left + wide / 2, y0 + high + 0.45 * scale)], color=GREEN))  # fmt: skip
 
 
 def canvas(width, height, x, y, face="white"):
-    fig = plt.figure(figsize=(width / 100, height / 100), dpi=100, facecolor=face)
+    fig = plt.figure(
+        figsize=(width / 100, height / 100), dpi=100, facecolor=face
+    )
     ax = fig.add_axes((0, 0, 1, 1))
     ax.set(xlim=x, ylim=y)
     ax.axis("off")
@@ -65,7 +73,13 @@ def cover():
     road(ax, [32, 16, 8, 4, 2], x0=3.9, length=4.95)
     ax.text(-7.2, 7.2, "The Yellow Brick Road to Few Bits", fontsize=17, color="#14402D",
             weight="bold")  # fmt: skip
-    ax.text(-7.2, 6.65, "quantization-aware fine-tuning in PyTorch", fontsize=12, color="#14402D")
+    ax.text(
+        -7.2,
+        6.65,
+        "quantization-aware fine-tuning in PyTorch",
+        fontsize=12,
+        color="#14402D",
+    )
     fig.savefig(HERE / "cover.png")
 
 
@@ -83,7 +97,9 @@ def results():
     records = json.loads(path.read_text())["records"]
 
     def pooled(arm, bits):
-        chosen = [r for r in records if (r["arm"], r["bits"]) == (arm, bits)]
+        chosen = [
+            r for r in records if (r["arm"], r["bits"]) == (arm, bits)
+        ]
         return proportion(np.array([p == y for r in chosen
                                     for p, y in zip(r["predictions"], r["labels"], strict=True)]))  # fmt: skip
 
