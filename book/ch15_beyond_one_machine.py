@@ -132,12 +132,15 @@ print(pd.DataFrame({"one process": one, "two": two}).round(6).to_string())
 # %%
 print("processes:", count_one, "and", count_two)
 print(
-    "within 0.00001:",
-    max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5,
+    "within a thousandth:",
+    max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-3,
 )
 print("files of two:  ", [path.name for path in (folder / "two").iterdir()])
 
 # %% [markdown]
+# Not equal to the last digit: two processes add up their gradients in another order, and where that
+# moves a weight past the middle between two grid points, it is rounded to the other one.
+#
 # One file, since only the first process writes; likewise only the first shows a bar. The checkpoint is
 # still ours: safetensors and JSON. (Accelerate's own `save_state` writes pickles.)
 #
