@@ -131,8 +131,8 @@ def refuse_foreign(model: nn.Module, call: str) -> None:
     if any(type(module).__module__.startswith(classic) for module in model.modules()):
         raise UnsupportedModel(
             f"{call}() cannot take this model, since the integers of QuantWrapper live in PyTorch's "
-            "own int8 kernels: keep it by torch.save(model.state_dict(), ...), or train it with "
-            "prepare_qat() and convert() instead"
+            "own int8 kernels: keep the weights of the prepared wrapper and convert() them again, "
+            "or train with companion.prepare_qat() instead"
         )
     kinds = {type(parameter.data) for parameter in model.parameters()}
     if any(kind.__module__.startswith("torchao") for kind in kinds):
