@@ -201,8 +201,8 @@ def test_no_serious_barrier_for_readers(tab, site, width, where):
     page, faults, axe = tab(width), [], Axe()
     for path in site.pages:
         settle(page, path)
-        page.evaluate(OPEN_ALL)
         page.add_style_tag(content="* { transition: none !important }")  # colours change at once
+        page.evaluate(OPEN_ALL)
         for scheme, options in (("light", AXE), ("dark", AXE_COLOURS)):
             page.evaluate("(x) => { document.documentElement.dataset.theme = x }", scheme)
             found = axe.run(page, context=where or None, options=options).response["violations"]
