@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from companion.errors import UnsupportedModel, WrongStage, extra
+from companion.errors import UnsupportedBackend, UnsupportedModel, WrongStage, extra
 from companion.numerics.packing import unpack
 from companion.numerics.scheme import W4A8
 from companion.qat.layers import DynamicInt8Linear, Packed, QuantizedEmbedding
@@ -131,7 +131,23 @@ def _intx(integers: Tensor, scale: Tensor, layer: Packed) -> Tensor:
     )
 
 
+def multiplies_exactly() -> bool:
+    """Whether ``torch._int_mm``, which torchao's W8A8 calls, is exact on this machine.
+
+    oneDNN's kernels for AVX2 without VNNI add pairs of products in 16 bits, where they saturate.
+    """
+    inputs = torch.full((32, 64), 63, dtype=torch.int8)
+    weight = torch.full((64, 32), 127, dtype=torch.int8)
+    return bool((torch._int_mm(inputs, weight) == 64 * 63 * 127).all())
+
+
 def _int8(integers: Tensor, scale: Tensor, layer: Packed) -> Tensor:
+    if not multiplies_exactly():
+        raise UnsupportedBackend(
+            "torchao multiplies 8-bit integers by torch._int_mm, which saturates on this machine "
+            "and would give other results than were trained: keep the converted model, whose own "
+            "kernel is exact, or serve it by export_onnx()"
+        )
     with extra("torchao"):
         from torchao.quantization import Int8Tensor, PerTensor
         from torchao.quantization.quant_primitives import MappingType

@@ -56,7 +56,6 @@ def test_fake_and_converted_predictions_agree(arm, bits):
 
 
 def test_small_rerun_shows_the_same():
-    """Thirty steps leave many images on the edge of two classes, so fewer agree than above."""
-    records = measure(seeds=1, bits=(2,), steps=30)
-    assert compare(records, ("qat", 2), ("ptq", 2)).difference.low > 0
-    assert compare(records, ("qat", 2), ("qat fake", 2)).agreement >= 0.9
+    records = measure(seeds=1, bits=(2,), steps=60)
+    assert compare(records, ("qat", 2), ("ptq", 2)).difference.low > 0.1
+    assert compare(records, ("qat", 2), ("qat fake", 2)).agreement >= 0.98

@@ -239,7 +239,9 @@ def test_what_others_converted_is_told_why_it_cannot_go_there(tmp_path, call):
     wrapper = QuantWrapper(net()).prepare_qat()
     wrapper(X)
     for model in (wrapper, wrapper.freeze().convert(), nn.Sequential(wrapper.convert().model)):
-        with pytest.raises(UnsupportedModel, match=r"int8 kernels: keep .* or train it with prep"):
+        with pytest.raises(
+            UnsupportedModel, match=r"int8 kernels: keep .* or train with companion.prep"
+        ):
             call(model, tmp_path / "model")
     with pytest.raises(UnsupportedModel, match=r"convert\(\) returned, before to_torchao\(\)"):
         call(to_torchao(converted(W4)), tmp_path / "model")
