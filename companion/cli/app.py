@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(
-    help="docs-lm, a Hub id, a folder with a model, or a file from `companion export`.")]  # fmt: skip
+    help="docs-lm, smollm2, a Hub id, a folder with a model, or a file from `companion export`.")]  # fmt: skip
 TaskName = Annotated[str, typer.Option("--task", help="A task of the course, or a text, JSON, CSV "
                                        "or Parquet file of your own.")]  # fmt: skip
 BlockSize = Annotated[int | None, typer.Option(min=2, show_default="256, or what the model takes",
