@@ -293,7 +293,10 @@ def proportion(hits: np.ndarray) -> Estimate:
     z = NormalDist().inv_cdf(TAILS[1])
     centre = (k / n + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(k / n * (1 - k / n) / n + z**2 / (4 * n**2))
-    return Estimate(k / n, max(0.0, centre - half), min(1.0, centre + half), n, "Wilson")
+    # at the ends the formula gives 0 and 1, but for the last digit
+    low = 0.0 if k == 0 else centre - half
+    high = 1.0 if k == n else centre + half
+    return Estimate(k / n, low, high, n, "Wilson")
 
 
 def paired(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> Paired:

@@ -47,6 +47,12 @@ def test_accuracy_counts_and_its_interval_holds_it(pairs):
     assert estimate.high - estimate.low > 0
 
 
+@pytest.mark.parametrize("n", range(1, 61))
+def test_wilson_ends_at_the_ends(n):
+    assert proportion(np.zeros(n, bool)).low == 0.0
+    assert proportion(np.ones(n, bool)).high == 1.0
+
+
 def test_wilson_interval_by_its_formula():
     z, n, p = 1.959963984540054, 50, 0.9
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
