@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from companion.errors import UnsupportedBackend, UnsupportedModel, WrongStage, extra
 from companion.numerics.packing import unpack
 from companion.numerics.scheme import W4A8
-from companion.qat.layers import DynamicInt8Linear, Packed, QuantizedEmbedding
+from companion.qat.packed import DynamicInt8Linear, Packed, QuantizedEmbedding
 from companion.qat.prepare import replace_modules
 from companion.qat.saved import refuse_foreign
 

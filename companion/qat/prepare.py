@@ -26,11 +26,9 @@ from companion.errors import (
     extra,
 )
 from companion.numerics.scheme import W8A8, QuantScheme
-from companion.qat.layers import (
+from companion.qat.layers import FakeQuantConv1D, FakeQuantEmbedding, FakeQuantLinear
+from companion.qat.packed import (
     DynamicInt8Linear,
-    FakeQuantConv1D,
-    FakeQuantEmbedding,
-    FakeQuantLinear,
     Packed,
     QuantizedEmbedding,
     QuantizedLinear,

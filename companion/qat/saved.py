@@ -23,7 +23,7 @@ from companion.errors import DamagedFile, UnsupportedModel, WrongStage, extra
 from companion.files import sha256, write_atomically
 from companion.numerics.packing import narrowest
 from companion.numerics.scheme import QuantScheme
-from companion.qat.layers import Packed, refuse_save_pretrained
+from companion.qat.packed import Packed, refuse_save_pretrained
 from companion.qat.prepare import empty_packed, replace_modules
 from companion.qat.selection import Quantization
 

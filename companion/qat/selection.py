@@ -24,7 +24,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from companion.errors import SchemeError, UnsupportedModel, WrongStage
 from companion.numerics.scheme import QuantScheme
-from companion.qat.layers import FakeQuantEmbedding, FakeQuantLinear, Packed
+from companion.qat.layers import FakeQuantEmbedding, FakeQuantLinear
+from companion.qat.packed import Packed
 
 
 @dataclass

@@ -30,7 +30,7 @@ from companion import (
     to_torchao,
 )
 from companion.errors import NothingToTrain, UnsupportedModel, WrongStage
-from companion.qat.layers import DynamicInt8Linear, Packed, QuantizedEmbedding, QuantizedLinear
+from companion.qat.packed import DynamicInt8Linear, Packed, QuantizedEmbedding, QuantizedLinear
 from companion.qat.saved import WEIGHTS
 
 COMMON = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

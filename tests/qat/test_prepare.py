@@ -22,7 +22,8 @@ from companion.errors import (
     UnsupportedModel,
     WrongStage,
 )
-from companion.qat.layers import FakeQuantEmbedding, FakeQuantLinear, QuantizedLinear
+from companion.qat.layers import FakeQuantEmbedding, FakeQuantLinear
+from companion.qat.packed import QuantizedLinear
 from companion.qat.ranges import METHODS
 
 

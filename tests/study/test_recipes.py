@@ -10,7 +10,8 @@ from torch import nn
 
 from companion import W2, W4, convert, fit, prepare_qat
 from companion.data.task import Task
-from companion.qat.layers import FakeQuantLinear, Packed
+from companion.qat.layers import FakeQuantLinear
+from companion.qat.packed import Packed
 from companion.study.recipes import ARMS, Arm, lora
 
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from companion.errors import UnsupportedModel, WrongStage, extra
 from companion.formats.onnx.graphs import KEY, STAY, Graph, cannot_be_traced, graph_of
 from companion.formats.onnx.layers import served_layers
-from companion.qat.layers import Packed
+from companion.qat.packed import Packed
 from companion.qat.prepare import replace_modules
 from companion.qat.saved import refuse_foreign
 

@@ -15,7 +15,7 @@ from companion.errors import UnsupportedModel
 from companion.numerics.activations import fake_quantize_activations
 from companion.numerics.packing import unpack
 from companion.numerics.scheme import BLOCK8
-from companion.qat.layers import DynamicInt8Linear, Packed, QuantizedEmbedding, QuantizedLinear
+from companion.qat.packed import DynamicInt8Linear, Packed, QuantizedEmbedding, QuantizedLinear
 
 ROW_BLOCK = 32
 """A row with a single scale is served in blocks of so many weights, which repeat it."""

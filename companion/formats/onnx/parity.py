@@ -21,7 +21,7 @@ from companion.evaluation.forward import outputs
 from companion.evaluation.metrics import METRICS
 from companion.formats.onnx.model import OnnxModel
 from companion.numerics.packing import unpack
-from companion.qat.layers import Packed
+from companion.qat.packed import Packed
 from companion.study.tables import across_seeds
 
 

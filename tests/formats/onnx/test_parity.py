@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from companion import W8A8, convert, export_onnx, load_task, prepare_qat
 from companion.formats.onnx.parity import parity, read_integers
-from companion.qat.layers import Packed
+from companion.qat.packed import Packed
 
 
 @pytest.fixture(scope="module")
