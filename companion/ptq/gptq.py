@@ -34,6 +34,7 @@ def gptq(
     *,
     batches: int = 16,
     damping: float = 0.01,
+    act_order: bool = False,
     skip: Iterable[str] = (),
     progress: bool = True,
 ) -> nn.Module:
@@ -54,6 +55,10 @@ def gptq(
         How many batches of it to use.
     damping : float
         Share of the mean of the Hessian's diagonal that is added to it.
+    act_order : bool
+        Round the columns with the largest inputs first, so that the others can make up for them;
+        each group's scale is then chosen beforehand, from the weights as they were. Columns keep
+        their places, and what is stored has the same form.
     skip : iterable of str
         As in `prepare_qat`. Embeddings and the output layers tied to them stay float.
     progress : bool
@@ -99,7 +104,9 @@ def gptq(
         for (name, *_), hessian in zip(block, _hessians(prepared, block, calibration), strict=True):
             layer = prepared.get_submodule(name)
             try:
-                integers, scale = round_with_compensation(layer.matrix, hessian, scheme, damping)
+                integers, scale = round_with_compensation(
+                    layer.matrix, hessian, scheme, damping, act_order
+                )
             except torch.linalg.LinAlgError:
                 raise UnsupportedModel(
                     f"the inputs of {name} are too much alike for damping={damping}: calibrate on "
@@ -114,7 +121,11 @@ def gptq(
 
 
 def round_with_compensation(
-    weight: Tensor, hessian: Tensor, scheme: QuantScheme, damping: float = 0.01
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: QuantScheme,
+    damping: float = 0.01,
+    act_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose integers and scales of one layer that keep its outputs close, not its weights.
 
@@ -125,6 +136,8 @@ def round_with_compensation(
         Mean of x x^T over the layer's inputs.
     scheme : QuantScheme
     damping : float
+    act_order : bool
+        As in `gptq`.
 
     Returns
     -------
@@ -146,17 +159,23 @@ def round_with_compensation(
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    scale = weight.new_zeros(rows, columns // size, dtype=scheme.scale_dtype)
+    places = torch.arange(columns, device=weight.device)  # of each column, in its row
+    if act_order:
+        scale = LearnedStepSize(scheme, weight).integers(weight)[1]
+        places = hessian.diagonal().argsort(descending=True, stable=True)
+        weight, hessian = weight[:, places], hessian[places][:, places]
+    groups = (places // size).tolist()
     # Row j of this upper factor says how later columns make up for an error in column j.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     integers = torch.zeros(rows, columns, dtype=torch.int8, device=weight.device)
-    scale = weight.new_zeros(rows, columns // size, dtype=scheme.scale_dtype)
     for start in range(0, columns, COLUMNS):
         end = min(start + COLUMNS, columns)
         errors = weight.new_zeros(rows, end - start)
         for j in range(start, end):
-            group = j // size
-            if j % size == 0:  # the first column of a group: choose its scale
+            group = groups[j]
+            if j % size == 0 and not act_order:  # the first column of a group: choose its scale
                 # Columns beyond this block still owe the corrections of the block; apply them.
                 ahead = weight[:, j : j + size].clone()
                 if j + size > end:
@@ -169,7 +188,7 @@ def round_with_compensation(
             errors[:, j - start] = (weight[:, j] - value) / factor[j, j]
             weight[:, j + 1 : end] -= errors[:, j - start, None] * factor[j, j + 1 : end]
         weight[:, end:] -= errors @ factor[start:end, end:]
-    return integers, scale
+    return integers[:, places.argsort()], scale
 
 
 def _hessians(model: nn.Module, tied: list[list[str]], calibration: list) -> list[Tensor]:

@@ -21,13 +21,14 @@ def correlated(rows: int, columns: int) -> torch.Tensor:
     return random(1, rows, columns) @ random(2, columns, columns)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("size", [16, 64, None])
 @pytest.mark.parametrize("columns", [64, 192])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_outputs_are_closer_than_after_rounding_to_nearest(bits, columns, size):
+def test_outputs_are_closer_than_after_rounding_to_nearest(bits, columns, size, act_order):
     scheme = QuantScheme(bits, size)
     weight, x = random(0, 32, columns), correlated(512, columns)
-    integers, scale = round_with_compensation(weight, x.t() @ x / 512, scheme)
+    integers, scale = round_with_compensation(weight, x.t() @ x / 512, scheme, act_order=act_order)
     groups = to_groups(integers, size)
     ours = dequantize(groups, scale[..., None]).view_as(weight)
     layer = nn.Linear(columns, 32, bias=False)
@@ -54,9 +55,26 @@ def test_close_to_the_best_of_all_roundings():
         assert error(integers[0].tolist()) <= 4 * best + 1e-6
 
 
-def test_without_correlation_it_rounds_to_nearest():
+def test_loud_columns_first_is_better_where_some_are_loud():
+    scheme, better = QuantScheme(2, None), 0
+    for seed in range(8):
+        weight, x = random(seed, 32, 64), correlated(512, 64)
+        x[:, -8:] *= 30  # rounded last, they would find no column that makes up for them
+        error = []
+        for act_order in (False, True):
+            integers, scale = round_with_compensation(
+                weight, x.t() @ x / 512, scheme, act_order=act_order
+            )
+            error.append(float(((integers * scale.float() - weight) @ x.t()).square().sum()))
+        better += error[1] < 0.9 * error[0]
+    assert better == 8
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_without_correlation_it_rounds_to_nearest(act_order):
     weight, scheme = random(3, 8, 64), QuantScheme(4, 32)
-    integers, scale = round_with_compensation(weight, torch.eye(64), scheme)
+    hessian = torch.diag(random(4, 64).abs() + 0.1)  # an order of its own, and nothing shared
+    integers, scale = round_with_compensation(weight, hessian, scheme, act_order=act_order)
     layer = nn.Linear(64, 8, bias=False)
     layer.weight.data = weight
     nearest = prepare_qat(nn.Sequential(layer), scheme, "mse")[0].quantizer.integers(weight)
