@@ -7,6 +7,7 @@ source file: no text of a held-out file is trained on. Built in chapter 12.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from companion.course.corpus import Corpus, docstrings
-from companion.data.text import CHOICES
+from companion.data.text import CHOICES, encode
 
 LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn", "sympy", "torch",
              "transformers")  # fmt: skip
@@ -49,6 +50,13 @@ class Tagged(NamedTuple):
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
+
+
+class Excerpt(NamedTuple):
+    """The first tokens of a document, and the package that it comes from."""
+
+    tokens: list[int]
+    package: str
 
 
 class Question(NamedTuple):
@@ -146,6 +154,83 @@ def code_words(passages: int = 1000, held_out: int = 500) -> dict[str, tuple[Tag
     found = _distinct(corpus, _tagged, lambda tagged: [" ".join(tagged.words)])
     sizes = {"train": passages, "validation": held_out // 5, "test": held_out}
     return {part: _drawn(found[part], size) for part, size in sizes.items()}
+
+
+def excerpts(
+    tokenizer, length: int = 255, shortest: int = 192, per_package: int = 60
+) -> dict[str, list[Excerpt]]:
+    """Documents of nearly equal length for a language model to be measured on.
+
+    A mean over documents of which one is thirty times another rests on few of them; these weigh
+    nearly the same, and no package has more than a quarter of them.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    length : int
+        Tokens that are kept of a document.
+    shortest : int
+        Tokens that a document must have.
+    per_package : int
+        Most documents of one package.
+
+    Returns
+    -------
+    dict of str to list of Excerpt
+        For the splits "validation" and "test".
+
+    Examples
+    --------
+    >>> from companion.course.sources import load_tokenizer
+    >>> test = excerpts(load_tokenizer("docs-lm"))["test"]
+    >>> len(test) >= 200, {192 <= len(excerpt.tokens) <= 255 for excerpt in test}
+    (True, {True})
+    """
+    corpus, found = docstrings(progress=False), {}
+    for part in ("validation", "test"):
+        found[part], used = [], Counter()
+        documents = getattr(corpus, part)
+        for tokens, package in zip(
+            encode(documents, tokenizer), corpus.packages[part], strict=True
+        ):
+            if len(tokens) >= shortest and used[package] < per_package:
+                used[package] += 1
+                found[part].append(Excerpt(tokens[:length], package))
+    return found
+
+
+def reading(tokenizer, tokens: int, draw: int = 0) -> list[list[int]]:
+    """Documents to train on, drawn at random until they hold so many tokens.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    tokens : int
+    draw : int
+        Other numbers give other documents in another order.
+
+    Returns
+    -------
+    list of list of int
+
+    Examples
+    --------
+    >>> from companion.course.sources import load_tokenizer
+    >>> first, second = (reading(load_tokenizer("docs-lm"), 5000, draw) for draw in (0, 1))
+    >>> sum(map(len, first)) >= 5000, first[0] == second[0]
+    (True, False)
+    """
+    train = docstrings(progress=False).train
+    order = np.random.default_rng(draw).permutation(len(train))
+    documents: list[list[int]] = []
+    held = 0
+    for start in range(0, len(order), 500):
+        for document in encode([train[i] for i in order[start : start + 500]], tokenizer):
+            if held >= tokens:
+                return documents
+            documents.append(document)
+            held += len(document)
+    return documents
 
 
 @cache

@@ -12,14 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch.utils.data import DataLoader
+
 from companion.course.corpus import PACKAGES, Corpus, docstrings, language_reference
 from companion.course.images import cifar10, digits
-from companion.course.passages import LIBRARIES, code_words, continuations, summaries, topics
+from companion.course.passages import (
+    LIBRARIES,
+    code_words,
+    continuations,
+    excerpts,
+    reading,
+    summaries,
+    topics,
+)
 from companion.course.sources import MINILM, find, load_tokenizer
 from companion.data.examples import choices, classification, retrieval, tagging
 from companion.data.sets import KNOWN, read_known, read_text
 from companion.data.task import Task
-from companion.data.text import loaders
+from companion.data.text import block_length, blocks, loaders, start_token, windows
 
 
 def load_task(name: str, **options) -> Task:
@@ -31,7 +41,8 @@ def load_task(name: str, **options) -> Task:
         Images: ``"digits-0-4"`` (to pre-train on), ``"digits-5-9"`` (to fine-tune on, few
         labels), ``"cifar10"`` (downloaded by torchvision where a network allows).
         Language modelling: ``"language-reference"`` (Python's, to fine-tune on),
-        ``"docstrings"`` (what docs-lm was pre-trained on; larger test split), a local text,
+        ``"docstrings"`` (what docs-lm was pre-trained on; larger test split), ``"excerpts"`` (of
+        docstrings: test documents of nearly equal length), a local text,
         JSON, CSV or Parquet file, a folder of them named train, validation and test, or the Hub
         id of a data set. Text: ``"topics"`` (which
         library does a docstring describe, names masked, few labels), ``"code-words"`` (which
@@ -42,7 +53,8 @@ def load_task(name: str, **options) -> Task:
         ``batch_size``; for the digits ``labels_per_class``, training images of each class
         (None for all that are not held out); for language modelling ``tokenizer`` (default:
         docs-lm's) and ``block_size`` (256 tokens, or what the tokenizer's model takes), for
-        docstrings ``documents`` (at most so many of each split), for files ``text_column`` and
+        docstrings ``documents`` (at most so many of each split), for excerpts ``tokens`` (to train
+        on) and ``draw`` (which documents these are), for files ``text_column`` and
         ``encoding``, for Hub ids ``text_column`` and ``config``; for tasks
         on text ``tokenizer`` (default: that of the model the task is made for); for the names
         that need a network ``folder``, with files of the same columns.
@@ -95,6 +107,24 @@ def _docstrings(name: str, documents: int | None = None, progress: bool = True, 
     splits = {part: getattr(corpus, part)[:documents] for part in ("train", "validation", "test")}
     source = f"docstrings of {', '.join(f'{k} {v}' for k, v in corpus.versions.items())}"
     return _language_task(name, Corpus(versions=corpus.versions, **splits), source, **options)
+
+
+def _excerpts(
+    name: str, tokenizer=None, tokens: int = 400_000, draw: int = 0, batch_size: int = 16
+) -> Task:
+    """Rows of 256 tokens; each document of validation and test is one row."""
+    tokenizer = tokenizer or load_tokenizer("docs-lm")
+    start, size = start_token(tokenizer), block_length(tokenizer)
+    held_out = excerpts(tokenizer, size - 1)
+    validation, test = ([e.tokens for e in held_out[part]] for part in ("validation", "test"))
+    return Task(
+        name,
+        DataLoader(blocks(reading(tokenizer, tokens, draw), start, size), batch_size, shuffle=True),
+        DataLoader(windows(validation, start, size), 2 * batch_size),
+        DataLoader(windows(test, start, size), 2 * batch_size),
+        classes=(),
+        source=_read_from(),
+    )
 
 
 def _topics(name: str, tokenizer=None, per_class: int = 20, tokens: int = 32, batch_size: int = 16):
@@ -189,6 +219,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "cifar10": cifar10,
     "language-reference": _language_reference,
     "docstrings": _docstrings,
+    "excerpts": _excerpts,
     "topics": _topics,
     "code-words": _code_words,
     "summaries": _summaries,
