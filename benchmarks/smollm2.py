@@ -1,0 +1,425 @@
+"""SmolLM2-135M under rounding: what training takes back, each arm against what it differs from.
+
+    python -m benchmarks.smollm2                      (days on two cores; minutes on one GPU)
+    python -m benchmarks.smollm2 --workers 4          (four processes share one GPU)
+    python -m benchmarks.smollm2 --small              (tries every kind of run for two steps)
+
+What is compared, and by which rule, stands in benchmarks/hypotheses.md, written before the test
+split was opened. Every arm takes equally many optimizer steps of 4,096 tokens on the same rows,
+keeps the weights that did best on validation, and has its learning rate chosen there from three or
+more, the best of them inside the range. Each finished run is a file below --work, and a run that
+is there is not done again; `--merge` (and the end of every command) writes
+benchmarks/results/smollm2.json from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import itertools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from benchmarks.excerpts import SIZE, Texts, read
+from benchmarks.provenance import write_results
+from companion import QuantScheme, convert, fit, load_pretrained, prepare_qat
+from companion.evaluation.language import document_losses
+from companion.files import cache_folder, write_atomically
+from companion.ptq.gptq import gptq
+from companion.study.tables import scheme_name
+from companion.training.losses import default_loss, distillation_loss
+from companion.training.optimizer import parameter_groups
+
+TUNING, SEEDS = 100, (0, 1, 2)
+"""Draws of the training text: one to choose rates on, three to measure."""
+STEPS, ROWS, LONG = 100, 16, 600
+"""Optimizer steps of a run, rows of 256 tokens in each; steps of the longest run of the curve."""
+LATE = 0.75
+"""Share of the steps in floating point before the rounding of an arm that starts late."""
+CALIBRATION = 256
+"""Rows for GPTQ: 65,536 tokens."""
+RATES = {"float": (2e-5, 6e-5, 2e-4)}
+QAT_RATES = (5e-5, 1.5e-4, 5e-4)
+FACTOR, MOST = 3.0, 6
+"""Where the best rate is at an end, the next one beyond it; trials at most."""
+W4, W3, W2 = (QuantScheme(bits) for bits in (4, 3, 2))
+W4_ROW = QuantScheme(4, None)
+PTQ = ("nearest", "mse", "gptq")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: which rounding, what is imitated, and when the rounding begins.
+
+    Parameters
+    ----------
+    method : str
+        "float", "torchao", or a method of `prepare_qat`.
+    target : {"labels", "teacher"}
+        The teacher of an arm that starts late is the float model it starts from; otherwise the float
+        control of the same draw.
+    start : {"first", "late"}
+    step_rate : float
+        Learning rate of learned steps over that of the weights.
+    """
+
+    method: str
+    target: str = "labels"
+    start: str = "first"
+    step_rate: float = 1.0
+
+    @property
+    def name(self) -> str:
+        if self.method == "float" and self.target == "labels":
+            return "float"
+        more = "" if self.step_rate == 1 else f" x{self.step_rate:g}"
+        return f"{self.method}{more}, {self.target}, {self.start}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker does in one go: tune an arm at a scheme, then run it on every draw."""
+
+    arm: Arm
+    scheme: QuantScheme | None = None
+    steps: int = STEPS
+    draws: tuple[int, ...] = SEEDS
+
+    @property
+    def name(self) -> str:
+        scheme = "float" if self.scheme is None else scheme_name(self.scheme)
+        return f"{scheme}, {self.arm.name}, {self.steps} steps"
+
+
+FLOAT = Arm("float")
+LEARNED, TORCHAO = Arm("lsq"), Arm("torchao")
+DEFAULT = Arm("lsq", "teacher", "late")
+TORCHAO_DEFAULT = replace(DEFAULT, method="torchao")
+
+
+def jobs() -> list[Job | tuple[str, QuantScheme]]:
+    """In the order of their weight: what is cut off by the time matters least."""
+    queue: list = [Job(FLOAT)]
+    queue += [Job(arm, s) for s in (W2, W3) for arm in (LEARNED, TORCHAO)]
+    queue += [Job(arm, s) for s in (W2, W3) for arm in (DEFAULT, TORCHAO_DEFAULT)]
+    queue += [("ptq", s) for s in (W2, W3, W4)]
+    taught = [Arm(m, "teacher") for m in ("lsq", "torchao")]
+    queue += [Job(arm, s) for s in (W2, W3) for arm in taught]
+    queue += [Job(replace(LEARNED, step_rate=10.0), s, draws=()) for s in (W2, W3)]
+    queue += [Job(arm, W4) for arm in (LEARNED, TORCHAO, DEFAULT, TORCHAO_DEFAULT)]
+    queue += [Job(Arm("float", "teacher"))]
+    queue += [Job(Arm(m, "labels", "late"), s) for s in (W2, W3) for m in ("lsq", "torchao")]
+    queue += [Job(Arm("absmax"), s) for s in (W2, W3)]
+    queue += [Job(FLOAT, None, LONG, (0,))]
+    queue += [Job(arm, s, LONG, (0,)) for s in (W2, W3) for arm in (LEARNED, TORCHAO)]
+    queue += [Job(arm, W4_ROW) for arm in (LEARNED, TORCHAO, DEFAULT, TORCHAO_DEFAULT)]
+    queue += [("ptq", W4_ROW)]
+    return queue
+
+
+class Study:
+    """Runs that are done once each and found again, by any number of processes.
+
+    Parameters
+    ----------
+    work : Path
+        Folder of the finished runs.
+    texts : Texts
+    device : torch.device
+    deadline : float
+        Time after which no run begins.
+    small : bool
+        Four steps of two rows each, on four documents, without trials of rates.
+    """
+
+    def __init__(self, work: Path, texts: Texts, device, deadline: float, small: bool) -> None:
+        self.work, self.texts, self.device, self.deadline = work, texts, device, deadline
+        self.small, self.rows = small, 2 if small else ROWS
+        self.start = load_pretrained("smollm2").to(device)
+        self.held_out = {p: texts.test(p, 2 * self.rows, device) for p in ("validation", "test")}
+        if small:
+            self.held_out = {part: batches[:1] for part, batches in self.held_out.items()}
+
+    def steps(self, job: Job) -> int:
+        return 4 if self.small else job.steps  # three and one where an arm starts late
+
+    def measure(self, model: nn.Module, part: str):
+        """Losses by document, in full float32 whatever the training used."""
+        with exact():
+            return document_losses(model, self.held_out[part])
+
+    def kept(self, name: str, make: Callable[[], dict]) -> dict:
+        """Return a finished run by its name, or do it."""
+        path = self.work / f"{name}.json"
+        with _lock(path):
+            if not path.exists():
+                if time.time() > self.deadline:
+                    raise TimeoutError
+                record = {"name": name} | make() | {"machine": machine(self.device)}
+                write_atomically(path, lambda part: part.write_text(json.dumps(record)))
+                losses = {k: record[k] for k in ("validation_loss", "loss") if k in record}
+                print(f"{time.strftime('%X')} {name}: {losses}", flush=True)
+            return json.loads(path.read_text())
+
+    def do(self, job) -> None:
+        """Tune and run one job, or round the float controls."""
+        if isinstance(job, tuple):
+            for draw, method in itertools.product(SEEDS[: 1 if self.small else None], PTQ):
+                self.round_after(job[1], method, draw)
+            return
+        rate = self.tune(job)
+        for draw in job.draws[: 1 if self.small else None]:
+            self.run(job, draw, rate, test=True)
+
+    def tune(self, job: Job) -> float:
+        """Try rates until the best is inside the range, and return it."""
+        rates = sorted(RATES.get(job.arm.method, QAT_RATES))
+        if self.small:
+            return rates[1]
+        found: dict[float, float] = {}
+        while True:
+            for rate in (r for r in rates if r not in found):
+                found[rate] = self.run(job, TUNING, rate, test=False)["validation_loss"]
+            best = min(found, key=lambda rate: found[rate])
+            if best not in (rates[0], rates[-1]) or len(rates) == MOST:
+                return best
+            rates = sorted([*rates, best / FACTOR if best == rates[0] else best * FACTOR])
+
+    def run(self, job: Job, draw: int, rate: float, test: bool) -> dict:
+        """One run: trained, measured on validation, and if asked on test."""
+        name = f"{job.name}, draw {draw}, rate {rate:.3g}"
+
+        def make() -> dict:
+            started = time.time()
+            model, history = self.train(job, draw, rate)
+            if job.arm == FLOAT and job.steps == STEPS and test:
+                path = self.control(draw)
+                write_atomically(path, lambda part: save_model(model, str(part)))
+            record = self.record(model, test) | {
+                "scheme": "float" if job.scheme is None else scheme_name(job.scheme),
+                "method": job.arm.method, "target": job.arm.target, "start": job.arm.start,
+                "step_rate": job.arm.step_rate, "draw": draw, "rate": rate,
+                "steps": self.steps(job), "tokens": self.steps(job) * self.rows * SIZE,
+                "validation": history, "seconds": round(time.time() - started, 1),
+            }  # fmt: skip
+            return record
+
+        return self.kept(name, make)
+
+    def train(self, job: Job, draw: int, rate: float) -> tuple[nn.Module, list]:
+        """The arm's model, converted, and its losses on validation on the way."""
+        arm, steps = job.arm, self.steps(job)
+        first = round(LATE * steps) if arm.start == "late" else 0
+        batches = self.texts.train(draw, steps, self.rows, self.device)
+        begin = self.float_phase(batches[:first], draw, first) if first else self.start
+        loss = default_loss
+        if arm.target == "teacher":
+            teacher = begin if first else self.load_control(draw)
+            loss = distillation_loss(copy.deepcopy(teacher))
+        model = copy.deepcopy(begin)
+        finish: Callable[[nn.Module], nn.Module] = lambda trained: trained  # noqa: E731
+        if arm.method == "torchao":
+            model, finish = prepare_torchao(model, job.scheme)
+        elif arm.method != "float":
+            model, finish = prepare_qat(model, job.scheme, arm.method), convert
+        history = self.fit(model, batches[first:], rate, loss, arm.step_rate)
+        return finish(model), history
+
+    def fit(self, model, batches: list, rate: float, loss, step_rate: float = 1.0) -> list:
+        groups = _with_step_rate(model, rate, step_rate)
+        history = fit(
+            model, batches, steps=len(batches), loss_fn=loss,
+            optimizer=torch.optim.AdamW(groups, lr=rate),
+            validate=lambda m: self.measure(m, "validation").mean,
+            validate_every=math.ceil(len(batches) / 5), progress=False,
+        )  # fmt: skip
+        return history.validation
+
+    def float_phase(self, batches: list, draw: int, steps: int) -> nn.Module:
+        """The steps in floating point that late arms of a draw share."""
+        rate = self.tune(Job(FLOAT))
+        path = self.work / f"float {steps} steps, draw {draw}.safetensors"
+        with _lock(path):
+            model = copy.deepcopy(self.start)
+            if path.exists():
+                load_model(model, path, device=str(self.device))
+            else:
+                self.fit(model, batches, rate, default_loss)
+                write_atomically(path, lambda part: save_model(model, str(part)))
+        return model
+
+    def control(self, draw: int) -> Path:
+        return self.work / f"float control, draw {draw}.safetensors"
+
+    def load_control(self, draw: int) -> nn.Module:
+        """The float control of a draw: trained if it is not there yet."""
+        job = Job(FLOAT)
+        if not self.control(draw).exists():
+            self.run(job, draw, self.tune(job), test=True)
+        model = copy.deepcopy(self.start)
+        load_model(model, self.control(draw), device=str(self.device))
+        return model
+
+    def round_after(self, scheme: QuantScheme, method: str, draw: int) -> None:
+        """Round a float control without training."""
+
+        def make() -> dict:
+            model = self.load_control(draw)
+            with exact():
+                if method == "gptq":
+                    rows = 4 if self.small else CALIBRATION
+                    calibration = self.texts.calibration(rows, self.rows, self.device)
+                    model = gptq(model, scheme, calibration, batches=len(calibration),
+                                 act_order=True, progress=False)  # fmt: skip
+                else:
+                    name = {"nearest": "absmax"}.get(method, method)
+                    model = prepare_qat(model, scheme, name)
+                record = self.record(convert(model), test=True)
+            return record | {"scheme": scheme_name(scheme), "method": method, "draw": draw}
+
+        self.kept(f"{scheme_name(scheme)}, {method}, draw {draw}", make)
+
+    def record(self, model: nn.Module, test: bool) -> dict:
+        record = {"validation_loss": self.measure(model, "validation").mean}
+        if test:
+            losses = self.measure(model, "test")
+            record |= {"loss": losses.mean, "total": [round(float(x), 4) for x in losses.loss],
+                       "weight": losses.tokens.tolist()}  # fmt: skip
+        return record
+
+
+def prepare_torchao(model: nn.Module, scheme: QuantScheme):
+    """Return torchao's fake-quantized model of the same layers, and how it is converted."""
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup
+    from torchao.quantization.qat import QATConfig
+
+    size = scheme.group_size
+    config = IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{scheme.weight_bits}"),
+        granularity=PerAxis(0) if size is None else PerGroup(size),
+    )
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and name != "lm_head"
+
+    quantize_(model, QATConfig(config, step="prepare"), chosen)
+
+    def finish(trained: nn.Module) -> nn.Module:
+        quantize_(trained, QATConfig(config, step="convert"))
+        return trained
+
+    return model, finish
+
+
+def machine(device: torch.device) -> str:
+    """What a run was made with; the results file may hold runs of several machines."""
+    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "torchao")]
+    place = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    return ", ".join([place, *versions])
+
+
+def _with_step_rate(model: nn.Module, rate: float, factor: float) -> list[dict]:
+    """The usual groups, learned steps apart with a rate of their own."""
+    steps = {id(p) for name, p in model.named_parameters() if name.endswith("quantizer.step")}
+    groups = []
+    for group in parameter_groups(model):
+        for chosen, lr in ((False, rate), (True, rate * factor)):
+            params = [p for p in group["params"] if (id(p) in steps) == chosen]
+            if params:
+                groups.append(group | {"params": params, "lr": lr})
+    return groups
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """No TF32 inside: it would add to what rounding costs."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; the lock of one that dies is free again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def work_through(study: Study) -> None:
+    """Take the next job that no other process has."""
+    for job in jobs():
+        name = job.name if isinstance(job, Job) else f"ptq {scheme_name(job[1])}"
+        mine = open(study.work / f"{name}.job", "w")  # noqa: SIM115  held until this process ends
+        try:
+            fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        try:
+            study.do(job)
+        except TimeoutError:
+            return
+
+
+def merge(work: Path, texts: Texts) -> Path:
+    """Write the results file from the finished runs."""
+    records = [json.loads(path.read_text()) for path in sorted(work.glob("*.json"))]
+    more = {
+        "text": {"sha256": texts.sha256, "versions": texts.versions},
+        "packages": texts.packages["test"],
+    }
+    return write_results("smollm2", records, more, steps=STEPS, rows=ROWS, size=SIZE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=cache_folder() / "smollm2-study")
+    parser.add_argument("--texts", type=Path, help="file of benchmarks.excerpts")
+    parser.add_argument("--workers", type=int, default=1, help="processes on one GPU")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after these")
+    parser.add_argument("--small", action="store_true", help="four steps each, to try it")
+    parser.add_argument("--merge", action="store_true", help="only write the results file")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    texts = read(args.texts)
+    deadline = float(os.environ.get("STUDY_DEADLINE", time.time() + 60 * args.minutes))
+    if args.workers > 1 and not args.merge:
+        again = [sys.executable, "-m", "benchmarks.smollm2", "--work", args.work]
+        again += ["--texts", args.texts] * (args.texts is not None) + ["--small"] * args.small
+        environment = os.environ | {"STUDY_DEADLINE": str(deadline), "OMP_NUM_THREADS": "3"}
+        children = [subprocess.Popen(again, env=environment) for _ in range(args.workers)]
+        for child in children:
+            child.wait()
+    elif not args.merge:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cuda.matmul.allow_tf32 = True
+        work_through(Study(args.work, texts, device, deadline, args.small))
+        if "STUDY_DEADLINE" in os.environ:
+            return
+    print(merge(args.work, texts))
+
+
+if __name__ == "__main__":
+    main()
