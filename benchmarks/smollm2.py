@@ -5,7 +5,7 @@
     python -m benchmarks.smollm2 --small              (tries every kind of run for two steps)
 
 What is compared, and by which rule, stands in benchmarks/hypotheses.md, written before the test
-split was opened. Every arm takes equally many optimizer steps of 4,096 tokens on the same rows,
+split was opened. Every arm takes equally many optimizer steps of 2,048 tokens on the same rows,
 keeps the weights that did best on validation, and has its learning rate chosen there from three or
 more, the best of them inside the range. Each finished run is a file below --work, and a run that
 is there is not done again; `--merge` (and the end of every command) writes
@@ -47,7 +47,7 @@ from companion.training.optimizer import parameter_groups
 
 TUNING, SEEDS = 100, (0, 1, 2)
 """Draws of the training text: one to choose rates on, three to measure."""
-STEPS, ROWS, LONG = 100, 16, 600
+STEPS, ROWS, LONG = 150, 8, 900
 """Optimizer steps of a run, rows of 256 tokens in each; steps of the longest run of the curve."""
 LATE = 0.75
 """Share of the steps in floating point before the rounding of an arm that starts late."""
@@ -144,14 +144,14 @@ class Study:
     deadline : float
         Time after which no run begins.
     small : bool
-        Four steps of two rows each, on four documents, without trials of rates.
+        Four steps of two rows each, on eight documents, without trials of rates.
     """
 
     def __init__(self, work: Path, texts: Texts, device, deadline: float, small: bool) -> None:
         self.work, self.texts, self.device, self.deadline = work, texts, device, deadline
         self.small, self.rows = small, 2 if small else ROWS
         self.start = load_pretrained("smollm2").to(device)
-        self.held_out = {p: texts.test(p, 2 * self.rows, device) for p in ("validation", "test")}
+        self.held_out = {p: texts.test(p, 4 * self.rows, device) for p in ("validation", "test")}
         if small:
             self.held_out = {part: batches[:1] for part, batches in self.held_out.items()}
 
@@ -245,7 +245,7 @@ class Study:
         history = fit(
             model, batches, steps=len(batches), loss_fn=loss,
             optimizer=torch.optim.AdamW(groups, lr=rate),
-            validate=lambda m: self.measure(m, "validation").mean,
+            validate=lambda m: document_losses(m, self.held_out["validation"]).mean,
             validate_every=math.ceil(len(batches) / 5), progress=False,
         )  # fmt: skip
         return history.validation
@@ -280,17 +280,18 @@ class Study:
 
         def make() -> dict:
             model = self.load_control(draw)
-            with exact():
-                if method == "gptq":
-                    rows = 4 if self.small else CALIBRATION
-                    calibration = self.texts.calibration(rows, self.rows, self.device)
-                    model = gptq(model, scheme, calibration, batches=len(calibration),
-                                 act_order=True, progress=False)  # fmt: skip
-                else:
-                    name = {"nearest": "absmax"}.get(method, method)
-                    model = prepare_qat(model, scheme, name)
-                record = self.record(convert(model), test=True)
-            return record | {"scheme": scheme_name(scheme), "method": method, "draw": draw}
+            if method == "gptq":
+                rows = 4 if self.small else CALIBRATION
+                calibration = self.texts.calibration(rows, 2 * self.rows, self.device)
+                model = gptq(model, scheme, calibration, batches=len(calibration),
+                             act_order=True, progress=False)  # fmt: skip
+            else:
+                model = prepare_qat(model, scheme, {"nearest": "absmax"}.get(method, method))
+            return self.record(convert(model), test=True) | {
+                "scheme": scheme_name(scheme),
+                "method": method,
+                "draw": draw,
+            }
 
         self.kept(f"{scheme_name(scheme)}, {method}, draw {draw}", make)
 
