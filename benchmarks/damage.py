@@ -54,14 +54,18 @@ class Damage:
     ----------
     work : Path
     texts : Texts
+    model : nn.Module
+        Float, of SmolLM2's vocabulary.
     device : torch.device
     documents : int, optional
         Fewer than all, to try it.
     """
 
-    def __init__(self, work: Path, texts: Texts, device, documents: int | None) -> None:
+    def __init__(
+        self, work: Path, texts: Texts, model: nn.Module, device, documents: int | None
+    ) -> None:
         self.work, self.texts, self.device = work, texts, device
-        self.model = load_pretrained("smollm2").to(device).eval()
+        self.model = model.to(device).eval()
         rows = 32
         self.test = texts.test("test", rows, device)[: documents and -(-documents // rows)]
         self.some = texts.test("validation", rows, device)[: 1 if documents else SAMPLE // rows]
@@ -94,7 +98,9 @@ class Damage:
     def _cell(self, scheme: QuantScheme, method: str) -> dict:
         if method == "gptq":
             rows = self.texts.calibration(CALIBRATION, 16, self.device)
-            rounded = gptq(self.model, scheme, rows, batches=len(rows), act_order=True)
+            rounded = gptq(
+                self.model, scheme, rows, batches=len(rows), act_order=True, progress=False
+            )
         else:
             rounded = prepare_qat(self.model, scheme, NAMES[method])
         bits = scheme.bits_per_weight(self.model.config.hidden_size)
@@ -223,7 +229,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     texts = read(args.texts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    damage = Damage(args.work, texts, device, args.documents)
+    model = load_pretrained("smollm2")
+    damage = Damage(args.work, texts, model, device, args.documents)
     for part in args.only:
         PARTS[part](damage)
     if not args.no_results:

@@ -143,14 +143,18 @@ class Study:
     device : torch.device
     deadline : float
         Time after which no run begins.
+    start : nn.Module
+        Float.
     small : bool
         Four steps of two rows each, on eight documents, without trials of rates.
     """
 
-    def __init__(self, work: Path, texts: Texts, device, deadline: float, small: bool) -> None:
+    def __init__(
+        self, work: Path, texts: Texts, start: nn.Module, device, deadline: float, small: bool
+    ) -> None:
         self.work, self.texts, self.device, self.deadline = work, texts, device, deadline
         self.small, self.rows = small, 2 if small else ROWS
-        self.start = load_pretrained("smollm2").to(device)
+        self.start = start.to(device)
         self.held_out = {p: texts.test(p, 4 * self.rows, device) for p in ("validation", "test")}
         if small:
             self.held_out = {part: batches[:1] for part, batches in self.held_out.items()}
@@ -268,11 +272,14 @@ class Study:
 
     def load_control(self, draw: int) -> nn.Module:
         """The float control of a draw: trained if it is not there yet."""
-        job = Job(FLOAT)
-        if not self.control(draw).exists():
-            self.run(job, draw, self.tune(job), test=True)
+        job, path = Job(FLOAT), self.control(draw)
+        rate = self.tune(job)
+        self.run(job, draw, rate, test=True)
+        if not path.exists():  # only its numbers were kept
+            again, _ = self.train(job, draw, rate)
+            write_atomically(path, lambda part: save_model(again, str(part)))
         model = copy.deepcopy(self.start)
-        load_model(model, self.control(draw), device=str(self.device))
+        load_model(model, path, device=str(self.device))
         return model
 
     def round_after(self, scheme: QuantScheme, method: str, draw: int) -> None:
@@ -416,7 +423,8 @@ def main() -> None:
     elif not args.merge:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cuda.matmul.allow_tf32 = True
-        work_through(Study(args.work, texts, device, deadline, args.small))
+        start = load_pretrained("smollm2")
+        work_through(Study(args.work, texts, start, device, deadline, args.small))
         if "STUDY_DEADLINE" in os.environ:
             return
     print(merge(args.work, texts))
