@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import fcntl
-import itertools
 import json
 import math
 import os
@@ -33,16 +32,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.excerpts import SIZE, Texts, read
 from benchmarks.provenance import write_results
-from companion import QuantScheme, convert, fit, load_pretrained, prepare_qat
+from companion import QuantScheme, choose_scale, convert, fit, load_pretrained, prepare_qat
 from companion.evaluation.language import document_losses
 from companion.files import cache_folder, write_atomically
 from companion.ptq.gptq import gptq
+from companion.qat.ranges import LearnedStepSize
 from companion.study.tables import scheme_name
-from companion.training.losses import default_loss, distillation_loss
+from companion.training.losses import default_loss
 from companion.training.optimizer import parameter_groups
 
 TUNING, SEEDS = 100, (0, 1, 2)
@@ -112,12 +112,12 @@ DEFAULT = Arm("lsq", "teacher", "late")
 TORCHAO_DEFAULT = replace(DEFAULT, method="torchao")
 
 
-def jobs() -> list[Job | tuple[str, QuantScheme]]:
+def jobs() -> list[Job | tuple[str, QuantScheme, int]]:
     """In the order of their weight: what is cut off by the time matters least."""
     queue: list = [Job(FLOAT)]
     queue += [Job(arm, s) for s in (W2, W3) for arm in (LEARNED, TORCHAO)]
     queue += [Job(arm, s) for s in (W2, W3) for arm in (DEFAULT, TORCHAO_DEFAULT)]
-    queue += [("ptq", s) for s in (W2, W3, W4)]
+    queue += [("ptq", s, draw) for s in (W2, W3, W4) for draw in SEEDS]
     taught = [Arm(m, "teacher") for m in ("lsq", "torchao")]
     queue += [Job(arm, s) for s in (W2, W3) for arm in taught]
     queue += [Job(replace(LEARNED, step_rate=10.0), s, draws=()) for s in (W2, W3)]
@@ -128,7 +128,7 @@ def jobs() -> list[Job | tuple[str, QuantScheme]]:
     queue += [Job(FLOAT, None, LONG, (0,))]
     queue += [Job(arm, s, LONG, (0,)) for s in (W2, W3) for arm in (LEARNED, TORCHAO)]
     queue += [Job(arm, W4_ROW) for arm in (LEARNED, TORCHAO, DEFAULT, TORCHAO_DEFAULT)]
-    queue += [("ptq", W4_ROW)]
+    queue += [("ptq", W4_ROW, draw) for draw in SEEDS]
     return queue
 
 
@@ -155,7 +155,7 @@ class Study:
         self.work, self.texts, self.device, self.deadline = work, texts, device, deadline
         self.small, self.rows = small, 2 if small else ROWS
         self.start = start.to(device)
-        self.held_out = {p: texts.test(p, 4 * self.rows, device) for p in ("validation", "test")}
+        self.held_out = {p: texts.test(p, 2 * self.rows, device) for p in ("validation", "test")}
         if small:
             self.held_out = {part: batches[:1] for part, batches in self.held_out.items()}
 
@@ -183,8 +183,8 @@ class Study:
     def do(self, job) -> None:
         """Tune and run one job, or round the float controls."""
         if isinstance(job, tuple):
-            for draw, method in itertools.product(SEEDS[: 1 if self.small else None], PTQ):
-                self.round_after(job[1], method, draw)
+            for method in PTQ:
+                self.round_after(job[1], method, job[2])
             return
         rate = self.tune(job)
         for draw in job.draws[: 1 if self.small else None]:
@@ -233,18 +233,26 @@ class Study:
         begin = self.float_phase(batches[:first], draw, first) if first else self.start
         loss = default_loss
         if arm.target == "teacher":
-            teacher = begin if first else self.load_control(draw)
-            loss = distillation_loss(copy.deepcopy(teacher))
+            teacher = copy.deepcopy(begin) if first else self.load_control(draw)
+            loss = Imitation(teacher.eval())
         model = copy.deepcopy(begin)
         finish: Callable[[nn.Module], nn.Module] = lambda trained: trained  # noqa: E731
         if arm.method == "torchao":
             model, finish = prepare_torchao(model, job.scheme)
         elif arm.method != "float":
-            model, finish = prepare_qat(model, job.scheme, arm.method), convert
+            method = {"lsq": CapturableStep}.get(arm.method, arm.method)
+            model, finish = prepare_qat(model, job.scheme, method), convert
         history = self.fit(model, batches[first:], rate, loss, arm.step_rate)
         return finish(model), history
 
     def fit(self, model, batches: list, rate: float, loss, step_rate: float = 1.0) -> list:
+        graphed = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            try:
+                loss = graphed = GraphedLoss(model.train(), loss, batches[0])
+            except torch.AcceleratorError as error:  # what cannot be captured is launched
+                print(f"no graph: {error}", flush=True)
         groups = _with_step_rate(model, rate, step_rate)
         history = fit(
             model, batches, steps=len(batches), loss_fn=loss,
@@ -252,6 +260,8 @@ class Study:
             validate=lambda m: document_losses(m, self.held_out["validation"]).mean,
             validate_every=math.ceil(len(batches) / 5), progress=False,
         )  # fmt: skip
+        if graphed is not None:
+            graphed.check(batches[-1])
         return history.validation
 
     def float_phase(self, batches: list, draw: int, steps: int) -> nn.Module:
@@ -309,6 +319,100 @@ class Study:
             record |= {"loss": losses.mean, "total": [round(float(x), 4) for x in losses.loss],
                        "weight": losses.tokens.tolist()}  # fmt: skip
         return record
+
+
+class Imitation:
+    """`companion.distillation_loss` for rows whose every token is a label, without a look at them.
+
+    What decides by the values of a tensor cannot be captured in a CUDA graph.
+    """
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self.teacher = teacher
+
+    def __call__(self, model: nn.Module, batch: dict) -> Tensor:
+        asked = {key: value for key, value in batch.items() if key != "labels"}
+        with torch.no_grad():
+            target = self.teacher(**asked).logits[:, :-1].flatten(0, 1)
+        student = model(**asked).logits[:, :-1].flatten(0, 1)
+        return nn.functional.kl_div(student.log_softmax(-1), target.log_softmax(-1),
+                                    reduction="batchmean", log_target=True)  # fmt: skip
+
+
+class CapturableStep(LearnedStepSize):
+    """Learned steps whose groups that follow their weights are chosen without a look at a tensor."""
+
+    def scale(self, groups: Tensor, rows: Tensor | None = None) -> Tensor:
+        if not self._some_follow:
+            return super().scale(groups, rows)
+        absmax, _ = choose_scale(groups, self.scheme.weight_bits)
+        return self.step * torch.where(self.follows[..., None], absmax * self.first, self.first)
+
+
+class GraphedLoss:
+    """A loss whose forward and backward pass are one CUDA graph, for `fit` to call.
+
+    A step of SmolLM2 is some ten thousand small kernels: launched one by one they take ten times as
+    long as they run.
+
+    Parameters
+    ----------
+    model : nn.Module
+    loss_fn : callable
+        Of rows that all have the shape of `batch`.
+    batch : dict
+    """
+
+    def __init__(self, model: nn.Module, loss_fn, batch: dict) -> None:
+        self.model, self.loss_fn = model, loss_fn
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.batch = {key: value.clone() for key, value in batch.items()}
+        rows, size = batch["input_ids"].shape
+        causal = torch.ones(size, size, dtype=torch.bool, device=batch["input_ids"].device).tril()
+        self.batch["attention_mask"] = causal.expand(rows, 1, size, size)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                eager = self._gradients()[0].item()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss, self.gradients = self._gradients()
+        self.graph.replay()
+        if abs(self.loss.item() - eager) > 1e-3 * max(1.0, eager):
+            raise RuntimeError(f"the graph gives {self.loss.item()}, the model {eager}")
+
+    def _gradients(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = self.loss_fn(self.model, self.batch)
+        return loss.detach(), torch.autograd.grad(loss, self.parameters)
+
+    def __call__(self, model: nn.Module, batch: dict) -> Tensor:
+        for key, value in batch.items():
+            self.batch[key].copy_(value)
+        return _Replay.apply(self, *self.parameters)
+
+    def check(self, batch: dict) -> None:
+        """See that after training the graph still computes what the model does."""
+        for key, value in batch.items():
+            self.batch[key].copy_(value)
+        self.graph.replay()
+        with torch.no_grad():
+            eager = self.loss_fn(self.model.train(), self.batch).item()
+        if abs(self.loss.item() - eager) > 1e-3 * max(1.0, eager):
+            raise RuntimeError(f"the graph gives {self.loss.item()}, the model {eager}")
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graphed, *parameters):
+        graphed.graph.replay()
+        ctx.gradients = graphed.gradients
+        return graphed.loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (None, *torch._foreach_mul(ctx.gradients, grad))
 
 
 def prepare_torchao(model: nn.Module, scheme: QuantScheme):
@@ -377,7 +481,7 @@ def _lock(path: Path) -> Iterator[None]:
 def work_through(study: Study) -> None:
     """Take the next job that no other process has."""
     for job in jobs():
-        name = job.name if isinstance(job, Job) else f"ptq {scheme_name(job[1])}"
+        name = job.name if isinstance(job, Job) else f"ptq {scheme_name(job[1])} {job[2]}"
         mine = open(study.work / f"{name}.job", "w")  # noqa: SIM115  held until this process ends
         try:
             fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -387,6 +491,8 @@ def work_through(study: Study) -> None:
             study.do(job)
         except TimeoutError:
             return
+        finally:
+            mine.close()
 
 
 def merge(work: Path, texts: Texts) -> Path:
