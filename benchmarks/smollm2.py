@@ -114,14 +114,16 @@ TORCHAO_DEFAULT = replace(DEFAULT, method="torchao")
 
 def jobs() -> list[Job | tuple[str, QuantScheme, int]]:
     """In the order of their weight: what is cut off by the time matters least."""
+    taught = [Arm(m, "teacher") for m in ("lsq", "torchao")]
     queue: list = [Job(FLOAT)]
     queue += [Job(arm, s) for s in (W2, W3) for arm in (LEARNED, TORCHAO)]
-    queue += [Job(arm, s) for s in (W2, W3) for arm in (DEFAULT, TORCHAO_DEFAULT)]
-    queue += [("ptq", s, draw) for s in (W2, W3, W4) for draw in SEEDS]
-    taught = [Arm(m, "teacher") for m in ("lsq", "torchao")]
-    queue += [Job(arm, s) for s in (W2, W3) for arm in taught]
     queue += [Job(replace(LEARNED, step_rate=10.0), s, draws=()) for s in (W2, W3)]
-    queue += [Job(arm, W4) for arm in (LEARNED, TORCHAO, DEFAULT, TORCHAO_DEFAULT)]
+    queue += [Job(arm, W4) for arm in (LEARNED, TORCHAO)]
+    queue += [Job(arm, s) for s in (W2, W3) for arm in (DEFAULT, TORCHAO_DEFAULT)]
+    queue += [("ptq", s, draw) for s in (W2, W3) for draw in SEEDS]
+    queue += [Job(arm, s) for s in (W2, W3) for arm in taught]
+    queue += [("ptq", W4, draw) for draw in SEEDS]
+    queue += [Job(arm, W4) for arm in (DEFAULT, TORCHAO_DEFAULT)]
     queue += [Job(Arm("float", "teacher"))]
     queue += [Job(Arm(m, "labels", "late"), s) for s in (W2, W3) for m in ("lsq", "torchao")]
     queue += [Job(Arm("absmax"), s) for s in (W2, W3)]
