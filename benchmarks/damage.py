@@ -6,7 +6,7 @@
 Nothing is trained. The map: widths 8 to 2, groups of 32 and rows, scales by the largest weight, by
 search and GPTQ (65,536 calibration tokens, act-order), on 261 excerpts of nearly equal length.
 Then which single layers hurt, the loudest channels, and what the model says. Each finished part is
-kept below --work; the end of every run writes benchmarks/results/damage.json from them.
+kept below --work or in the results file; the end of every run writes benchmarks/results/damage.json from them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.excerpts import SIZE, Texts, read
-from benchmarks.provenance import write_results
+from benchmarks.provenance import restore, write_results
 from benchmarks.smollm2 import CALIBRATION, exact, machine
 from companion import QuantScheme, load_pretrained, load_task, prepare_qat
 from companion.course.sources import load_tokenizer
@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--no-results", action="store_true", help="leave the results file alone")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    restore("damage", args.work, "part")
     texts = read(args.texts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_pretrained("smollm2")

@@ -61,3 +61,25 @@ def write_results(name: str, records: list[dict], more: dict | None = None, **se
     text = re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()), text)
     write_atomically(path, lambda partial: partial.write_text(text + "\n"))
     return path
+
+
+def restore(name: str, work: Path, key: str) -> None:
+    """Lay the records of a results file into a folder of finished runs, one file each.
+
+    What is there already stays; so a study goes on where the repository has it.
+
+    Parameters
+    ----------
+    name : str
+        Of the results file.
+    work : Path
+    key : str
+        What a record is called by.
+    """
+    path = RESULTS / f"{name}.json"
+    if path.exists():
+        for record in json.loads(path.read_text())["records"]:
+            file = work / f"{record[key]}.json"
+            if not file.exists():
+                text = json.dumps(record)
+                write_atomically(file, lambda partial, text=text: partial.write_text(text))

@@ -35,7 +35,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from benchmarks.excerpts import SIZE, Texts, read
-from benchmarks.provenance import write_results
+from benchmarks.provenance import restore, write_results
 from companion import QuantScheme, choose_scale, convert, fit, load_pretrained, prepare_qat
 from companion.evaluation.language import document_losses
 from companion.files import cache_folder, write_atomically
@@ -47,7 +47,7 @@ from companion.training.optimizer import parameter_groups
 
 TUNING, SEEDS = 100, (0, 1, 2)
 """Draws of the training text: one to choose rates on, three to measure."""
-STEPS, ROWS, LONG = 150, 8, 900
+STEPS, ROWS, LONG = 100, 8, 600
 """Optimizer steps of a run, rows of 256 tokens in each; steps of the longest run of the curve."""
 LATE = 0.75
 """Share of the steps in floating point before the rounding of an arm that starts late."""
@@ -519,6 +519,7 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="only write the results file")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    restore("smollm2", args.work, "name")
     texts = read(args.texts)
     deadline = float(os.environ.get("STUDY_DEADLINE", time.time() + 60 * args.minutes))
     if args.workers > 1 and not args.merge:
