@@ -8,10 +8,14 @@ it rounds. Built in chapter 11.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 from tqdm import tqdm
 
 from companion.errors import EmptyLoader, NothingToQuantize, SchemeError, UnsupportedModel
@@ -42,7 +46,7 @@ def gptq(
 
     Returns a prepared model whose weights lie on their grid: `convert` it, or train on from
     there with `fit`. Blocks of a model are rounded in order, each on inputs that come out of
-    the rounded blocks before it.
+    the rounded blocks before it; where they stand in a row, each runs twice over the data.
 
     Parameters
     ----------
@@ -100,8 +104,11 @@ def gptq(
     for name in prepared.quantization.layers:
         tied.setdefault(id(prepared.get_submodule(name).weight), []).append(name)
     blocks = [list(names) for _, names in groupby(tied.values(), lambda names: _block_of(names[0]))]
-    for block in tqdm(blocks, desc="gptq", leave=False, **({} if progress else {"disable": True})):
-        for (name, *_), hessian in zip(block, _hessians(prepared, block, calibration), strict=True):
+    passes = _Passes(prepared, blocks, calibration)
+    bar = tqdm(blocks, desc="gptq", leave=False, **({} if progress else {"disable": True}))
+    for place, block in enumerate(bar):
+        hessians = _hessians(prepared, block, passes, place)
+        for (name, *_), hessian in zip(block, hessians, strict=True):
             layer = prepared.get_submodule(name)
             try:
                 integers, scale = round_with_compensation(
@@ -191,8 +198,106 @@ def round_with_compensation(
     return integers[:, places.argsort()], scale
 
 
-def _hessians(model: nn.Module, tied: list[list[str]], calibration: list) -> list[Tensor]:
+class _Passes:
+    """Calibration passes that do not run anew what is rounded already.
+
+    The passes for a block begin with the output of the second block before it, kept from the passes
+    before, and end with the block. That is right where the blocks run in turn, once each, and each is
+    given what the one before it returned. The first batch is run in full every time to see it; where
+    it is not so, every pass is a full one.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[list[list[str]]], calibration: list) -> None:
+        self.model, self.calibration = model, calibration
+        paths = [_block_of(names[0]) for (names, *_) in blocks]
+        self.blocks = [model.get_submodule(path) for path in paths]
+        self.kept: list[Any] = [None] * len(calibration)  # what the second block before gave back
+        own = all(
+            _block_of(name) == path
+            for path, block in zip(paths, blocks, strict=True)
+            for names in block
+            for name in names
+        )
+        self.in_turn = own and self._run(calibration[0]).calls == list(range(len(blocks)))
+
+    def check(self, place: int) -> None:
+        """See that a block is given the same by a short pass as by a full one."""
+        if self.in_turn and place > 1:
+            batch, kept = self.calibration[0], self.kept[0]
+            full, short = self._run(batch, place), self._run(batch, place, kept, last=place)
+            self.in_turn = full.calls.count(place) == 1 and _equal(full.given, short.given)
+
+    def run(self, place: int) -> None:
+        """Run all batches at least as far as this block."""
+        for number, batch in enumerate(self.calibration):
+            if self.in_turn:
+                seen = self._run(batch, place, self.kept[number], last=place)
+                self.kept[number] = seen.before
+            else:
+                self._run(batch)
+
+    def _run(self, batch: Any, place: int = -1, kept: Any = None, last: int = -1) -> _Seen:
+        """One pass: from `kept` on, if there is any, and no farther than block `last`."""
+        seen, skipped = _Seen(), self.blocks[: place - 1] if kept is not None else []
+
+        def note(number: int, _, args: tuple, kwargs: dict, output: Any) -> None:
+            seen.calls.append(number)
+            if number == place:
+                seen.given = (args, kwargs)
+            if number == place - 1:
+                seen.before = output
+            if number == last:
+                raise _Enough
+
+        hooks = [
+            block.register_forward_hook(partial(note, number), with_kwargs=True)
+            for number, block in enumerate(self.blocks)
+        ]
+        for block in skipped:
+            block.forward = lambda *_, **__: tree_map(_copied, kept)
+        try:
+            run(self.model, batch)
+        except _Enough:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for block in skipped:
+                del block.forward
+        return seen
+
+
+@dataclass
+class _Seen:
+    """Which blocks ran, what one of them was given, and what the one before it gave back."""
+
+    calls: list[int] = field(default_factory=list)
+    given: Any = None
+    before: Any = None
+
+
+class _Enough(Exception):
+    """What is wanted of a pass has been seen."""
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two nests of arguments hold the same tensors."""
+    pairs = [tree_flatten(nest) for nest in (first, second)]
+    if pairs[0][1] != pairs[1][1]:
+        return False
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
+        for a, b in zip(pairs[0][0], pairs[1][0], strict=True)
+    )
+
+
+def _hessians(model: nn.Module, tied: list[list[str]], passes: _Passes, place: int) -> list[Tensor]:
     """Mean outer product of the inputs that each weight meets over the calibration batches."""
+    passes.check(place)
     layers = [[model.get_submodule(name) for name in names] for names in tied]
     sums = [torch.zeros(first.matrix.shape[1], first.matrix.shape[1], dtype=torch.float64,
                         device=first.weight.device) for first, *_ in layers]  # fmt: skip
@@ -216,8 +321,7 @@ def _hessians(model: nn.Module, tied: list[list[str]], calibration: list) -> lis
         for layer in sharing
     ]
     try:
-        for batch in calibration:
-            run(model, batch)
+        passes.run(place)
     finally:
         for hook in hooks:
             hook.remove()

@@ -244,3 +244,76 @@ def test_beats_rounding_to_nearest_on_docs_lm(bits):
     }
     assert loss["float"] < loss["gptq"] < loss["mse"] < loss["nearest"]
     assert loss["gptq"] - loss["float"] < 0.6 * (loss["nearest"] - loss["float"])
+
+
+class Chain(nn.Module):
+    """Blocks in a row; how they are run, and what each may see, is set by name."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way = way
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(5))
+        self.runs = 0
+        for layer in self.layers:
+            layer[1].register_forward_hook(self._count)
+
+    def _count(self, *_):
+        self.runs += 1
+
+    def forward(self, x):
+        layers = list(self.layers)[:: -1 if self.way == "backwards" else 1]
+        first = None
+        for number, layer in enumerate(layers):
+            before = x
+            x = layer(x)
+            first = x if number == 0 else first
+            if self.way == "twice":
+                x = layer(x)
+            if self.way == "past a block":
+                x = x + before  # the next block needs more than this one gave back
+            if self.way == "from the first":
+                x = x + first
+        return x
+
+
+@pytest.mark.parametrize(
+    ("way", "short"),
+    [
+        ("in turn", True),
+        ("backwards", False),
+        ("twice", False),
+        ("past a block", False),
+        ("from the first", False),
+    ],
+)
+def test_short_passes_give_what_full_ones_give(way, short, monkeypatch):
+    torch.manual_seed(0)
+    model, data = Chain(way), [(random(i, 16, 32), None) for i in range(8)]
+    found = gptq(model, THREE, data, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("companion.ptq.gptq._Passes.check", never_in_turn)
+        full = gptq(model, THREE, data, progress=False)
+    for name, layer in found.named_modules():
+        if name in found.quantization.layers:
+            other = full.get_submodule(name)
+            assert torch.equal(layer.weight, other.weight), name
+            assert torch.equal(layer.quantizer.first, other.quantizer.first), name
+    assert (found.runs < 0.6 * full.runs) == short, (found.runs, full.runs)
+
+
+def never_in_turn(passes, place):
+    passes.in_turn = False
+
+
+def test_short_passes_on_docs_lm(monkeypatch):
+    model, task = load_pretrained("docs-lm"), load_task("language-reference")
+    data = [batch for batch, _ in zip(task.train, range(3), strict=False)]
+    found = gptq(model, THREE, data, progress=False)
+    tokens = data[0]["input_ids"][:1, :8]
+    states = found(tokens, output_hidden_states=True).hidden_states
+    assert len(states) == model.config.num_hidden_layers + 1  # nothing of the passes is left
+    monkeypatch.setattr("companion.ptq.gptq._Passes.check", never_in_turn)
+    full = gptq(model, THREE, data, progress=False)
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.parameters(), full.parameters(), strict=True)
+    )
