@@ -15,6 +15,7 @@ import argparse
 import fcntl
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,12 +60,21 @@ class Damage:
     device : torch.device
     documents : int, optional
         Fewer than all, to try it.
+    most : int, optional
+        Parts to do.
     """
 
     def __init__(
-        self, work: Path, texts: Texts, model: nn.Module, device, documents: int | None
+        self,
+        work: Path,
+        texts: Texts,
+        model: nn.Module,
+        device,
+        documents: int | None,
+        most: float = math.inf,
     ) -> None:
         self.work, self.texts, self.device = work, texts, device
+        self.left = most
         self.model = model.to(device).eval()
         rows = 32
         self.test = texts.test("test", rows, device)[: documents and -(-documents // rows)]
@@ -78,7 +88,8 @@ class Damage:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-            if not path.exists():
+            if not path.exists() and self.left > 0:
+                self.left -= 1
                 started = time.time()
                 record = {"part": name} | make() | {"machine": machine(self.device)}
                 write_atomically(path, lambda part: part.write_text(json.dumps(record)))
@@ -87,7 +98,7 @@ class Damage:
     def map(self) -> None:
         """The loss on every document for each width, group and method."""
         self.kept("map float", lambda: self._losses(self.model) | {"scheme": "float"})
-        for bits, size, method in itertools.product(BITS, SIZES, METHODS):
+        for method, bits, size in itertools.product(METHODS, BITS, SIZES):
             scheme = QuantScheme(bits, size)
             if method == "gptq" and bits == 8:
                 continue  # rounding to nearest costs nothing there
@@ -224,6 +235,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=cache_folder() / "damage")
     parser.add_argument("--texts", type=Path, help="file of benchmarks.excerpts")
     parser.add_argument("--documents", type=int, help="fewer than all, to try it")
+    parser.add_argument("--most", type=int, default=math.inf, help="parts to do, then stop")
     parser.add_argument("--no-results", action="store_true", help="leave the results file alone")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -231,7 +243,7 @@ def main() -> None:
     texts = read(args.texts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_pretrained("smollm2")
-    damage = Damage(args.work, texts, model, device, args.documents)
+    damage = Damage(args.work, texts, model, device, args.documents, args.most)
     for part in args.only:
         PARTS[part](damage)
     if not args.no_results:
