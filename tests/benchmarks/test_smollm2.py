@@ -1,0 +1,128 @@
+"""The study of SmolLM2: its arms do what they say, no control is void, rates are chosen inside."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from benchmarks import smollm2
+from benchmarks.excerpts import Texts
+from benchmarks.smollm2 import (
+    DEFAULT,
+    FLOAT,
+    LEARNED,
+    TORCHAO,
+    TUNING,
+    W2,
+    Arm,
+    CapturableStep,
+    Imitation,
+    Job,
+    Study,
+)
+from companion import prepare_qat
+from companion.training.losses import distillation_loss
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "smollm2.json"
+RECORDS = json.loads(RESULTS.read_text())["records"]
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def study(tmp_path) -> Study:
+    rows = torch.randint(3, 64, (40, 256), generator=torch.Generator().manual_seed(0))
+    rows[:, ::2] = 5  # something to learn
+    held_out = {part: rows[:8, :255].int() for part in ("validation", "test")}
+    packages = {part: ["a"] * 8 for part in held_out}
+    texts = Texts(dict.fromkeys((0, 1, 2, TUNING), rows), held_out, packages, "", {})
+    return Study(tmp_path, texts, tiny(), torch.device("cpu"), math.inf, small=True)
+
+
+def test_imitation_is_the_distillation_loss():
+    teacher, student = tiny(0).eval(), tiny(1)
+    rows = torch.randint(3, 64, (2, 16))
+    batch = {"input_ids": rows, "labels": rows}
+    ours, theirs = Imitation(teacher)(student, batch), distillation_loss(teacher)(student, batch)
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+    assert float(ours) > 0.01
+
+
+def test_capturable_steps_are_learned_steps():
+    model = tiny()
+    model.model.layers[0].mlp.up_proj.weight.data[:4] *= 1e-4  # groups that follow their weights
+    rows, pair = torch.arange(3, 19)[None], []
+    for method in (CapturableStep, "lsq"):
+        prepared = prepare_qat(model, W2, method)
+        assert prepared.model.layers[0].mlp.up_proj.quantizer.follows.any()
+        prepared(rows, labels=rows).loss.backward()
+        pair.append(
+            {n: p.grad for n, p in prepared.named_parameters()} | {"": prepared(rows).logits}
+        )
+    assert all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0])
+
+
+@pytest.mark.parametrize("arm", [FLOAT, Arm("float", "teacher"), LEARNED, TORCHAO, DEFAULT])
+def test_no_arm_and_no_control_is_void(arm, study):
+    job = Job(arm, None if arm.method == "float" else W2)
+    before = copy.deepcopy(study.start)
+    record = study.run(job, 0, 1e-2, test=True)
+    moved = [loss for _, loss in record["validation"]]
+    assert moved[-1] < moved[0]  # what trains here learns, whatever it imitates
+    assert record["loss"] < study.measure(study.start, "test").mean
+    same = zip(before.parameters(), study.start.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)  # the next arm starts from the same
+
+
+def test_a_run_is_done_once(study, monkeypatch):
+    first = study.run(Job(FLOAT), 0, 1e-3, test=False)
+    monkeypatch.setattr(study, "train", None)
+    assert study.run(Job(FLOAT), 0, 1e-3, test=False) == first
+    study.deadline = 0
+    with pytest.raises(TimeoutError):
+        study.run(Job(FLOAT), 1, 1e-3, test=False)
+
+
+@pytest.mark.parametrize(("best", "trials"), [(1.5e-4, 3), (5e-5, 4), (4.5e-3, 6)])
+def test_rates_are_tried_until_the_best_is_inside(best, trials, study, monkeypatch):
+    study.small, tried = False, []
+
+    def run(job, draw, rate, test):
+        tried.append(rate)
+        return {"validation_loss": abs(math.log(rate / best))}
+
+    monkeypatch.setattr(study, "run", run)
+    assert study.tune(Job(LEARNED, W2)) == pytest.approx(best, rel=0.2)
+    assert len(tried) == trials
+
+
+def test_what_was_measured_on_test_had_its_rate_chosen_inside():
+    for record in RECORDS:
+        if "loss" in record and "rate" in record:
+            trials = {
+                r["rate"]: r["validation_loss"]
+                for r in RECORDS
+                if r["name"].split(", draw")[0] == record["name"].split(", draw")[0]
+                and r.get("draw") == TUNING
+            }
+            best = min(trials, key=trials.get)
+            assert record["rate"] == best, record["name"]
+            assert len(trials) >= 3
+            assert min(trials) < best < max(trials), record["name"]
+            assert record["steps"] in (smollm2.STEPS, smollm2.LONG)
+            assert sum(record["total"]) / sum(record["weight"]) == pytest.approx(
+                record["loss"], 1e-4
+            )
+            assert len(record["total"]) >= 200
