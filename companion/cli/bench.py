@@ -55,7 +55,7 @@ def speeds(
     for turn in range(rounds + 1):
         for name, model in models.items():
             time.sleep(PAUSE)
-            first, rest = _times(model, ids, tokens)
+            first, rest = times(model, ids, tokens)
             if turn:
                 found[name]["prefill"].append(first)
                 found[name]["decode"].append(rest)
@@ -64,8 +64,15 @@ def speeds(
 
 
 @torch.no_grad()
-def _times(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
-    """Seconds until the first new token, and for each one after it."""
+def times(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """Seconds until the first new token, and for each one after it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    ids : Tensor, shape (1, length)
+    tokens : int
+    """
     prompt, stamps = ids.shape[1], [time.perf_counter()]
     tokens = int(min(tokens, longest(model) - prompt - 1))
     if isinstance(model, OnnxModel):
