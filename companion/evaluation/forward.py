@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from companion.errors import UnreadableBatch, UnsupportedModel
+from companion.evaluation.logits import IGNORED, put_off, token_losses
 
 BOOKKEEPING = ("labels", "document")
 """What a batch says about itself, and no model is asked with."""
@@ -154,6 +156,47 @@ def scored(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, Tensor, Te
             logits, labels = logits[:, :-1], labels[:, 1:]
         check_fit(model, logits, labels)
         yield batch, logits, labels
+
+
+def losses(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Yield each batch with the cross-entropy of each of its tokens (or rows), and its labels.
+
+    As by `scored`, but the logits of a language model are computed only where a label is scored,
+    and a piece at a time.
+
+    Parameters
+    ----------
+    model, loader
+        As in `scored`.
+
+    Yields
+    ------
+    batch, losses, labels
+        Losses in float32, 0 where the label is -100, of the shape of the labels. Where each token
+        has one, both stand at the token that predicts it.
+
+    Raises
+    ------
+    UnsupportedModel, UnreadableBatch
+        As in `scored`.
+
+    Examples
+    --------
+    >>> tokens = torch.tensor([[0, 1, 1]])
+    >>> language = nn.Embedding.from_pretrained(torch.zeros(2, 4))
+    >>> [(_, found, labels)] = losses(language, [(tokens, tokens)])
+    >>> found, labels
+    (tensor([[1.3863, 1.3863, 0.0000]]), tensor([[   1,    1, -100]]))
+    """
+    for batch in loader:
+        with evaluating(model):
+            logits = _logits(model, put_off(model, partial(run, model, batch)))
+            labels = labels_of(batch).to(logits.device)
+            if labels.dim() == 2 and logits.dim() == 3 and _predicts_the_next(model):
+                labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            check_fit(model, logits, labels)
+            found = token_losses(logits, labels)
+        yield batch, found, labels
 
 
 def device_of(model: nn.Module) -> torch.device:

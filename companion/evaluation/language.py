@@ -14,7 +14,7 @@ from torch import nn
 
 from companion.data.text import IGNORED
 from companion.evaluation.estimates import TAILS, Estimate, Scores, summed
-from companion.evaluation.forward import rows_of, scored
+from companion.evaluation.forward import losses, rows_of
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,17 @@ def document_losses(model: nn.Module, loader: Iterable) -> DocumentLosses:
     UnreadableBatch
         If the model does not take what the batches hold.
     """
-    losses = summed(_by_row(model, loader))
-    return DocumentLosses(losses.total, losses.weight)
+    sums = summed(_by_row(model, loader))
+    return DocumentLosses(sums.total, sums.weight)
 
 
 def _by_row(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, float, int]]:
     """Document, summed loss and number of scored tokens of each row."""
     rows = 0
-    for batch, logits, labels in scored(model, loader):
-        losses = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(),
-                                             reduction="none").reshape(len(labels), -1)  # fmt: skip
+    for batch, found, labels in losses(model, loader):
         yield from zip(
             rows_of(batch, labels, rows),
-            losses.cpu().double().sum(1).tolist(),
+            found.reshape(len(labels), -1).cpu().double().sum(1).tolist(),
             (labels != IGNORED).reshape(len(labels), -1).sum(1).tolist(),
             strict=True,
         )

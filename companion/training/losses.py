@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from companion.errors import NothingToTrain, UnsupportedModel
+from companion.evaluation.logits import IGNORED, LazyLogits, LazyLoss, put_off
 from companion.training.batches import count_rows
+from companion.training.chunked import Imitation, chunked_loss
 from companion.training.state import kept_modes
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-IGNORED = -100  # the label that cross-entropy leaves out
 _IN_PLACE = ("TokenClassification", "MaskedLM", "PreTraining")
 NOTHING_SCORED = (
     "no prediction of the batch is scored: all its labels are -100 (or padding). Does the prompt fill "
@@ -35,7 +36,8 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     0.6931471824645996
     """
     if isinstance(batch, Mapping):
-        return _own_loss(_ask(model, batch))
+        loss = _own_loss(_ask(model, batch))
+        return chunked_loss(loss.logits, loss) if isinstance(loss, LazyLoss) else loss
     inputs, labels = batch
     return F.cross_entropy(model(inputs), labels)
 
@@ -115,6 +117,11 @@ class Distillation:
         counted = _counted(model, batch, student)
         if not counted.any():
             raise NothingToTrain(NOTHING_SCORED)
+        if isinstance(student, LazyLogits) and isinstance(target, LazyLogits):
+            return self._in_pieces(student, target, counted, cross_entropy)
+        student, target = (t.whole() if isinstance(t, LazyLogits) else t for t in (student, target))
+        if isinstance(cross_entropy, LazyLoss):
+            cross_entropy = chunked_loss(cross_entropy.logits, cross_entropy)
         divergence = F.kl_div(
             F.log_softmax(student[counted] / self.temperature, -1),
             F.log_softmax(target[counted] / self.temperature, -1),
@@ -123,6 +130,20 @@ class Distillation:
         )
         loss = self.share * self.temperature**2 * divergence
         return loss if cross_entropy is None else loss + (1 - self.share) * cross_entropy
+
+    def _in_pieces(
+        self,
+        student: LazyLogits,
+        target: LazyLogits,
+        counted: Tensor,
+        cross_entropy: Tensor | None,
+    ) -> Tensor:
+        factor = self.share * self.temperature**2
+        imitation = Imitation(target, counted, self.temperature, factor)
+        if not isinstance(cross_entropy, LazyLoss):
+            loss = chunked_loss(student, imitation=imitation)
+            return loss if cross_entropy is None else loss + (1 - self.share) * cross_entropy
+        return chunked_loss(student, cross_entropy, imitation, 1 - self.share)
 
     def scored(self, model: nn.Module, batch: Any) -> int:
         """Predictions that the divergence is a mean over."""
@@ -194,7 +215,9 @@ def count_scored(loss_fn: LossFn, model: nn.Module, batch: Any) -> int:
 
 
 def _ask(model: nn.Module, batch: Mapping) -> Any:
-    return model(**{key: value for key, value in batch.items() if key != "document"})
+    """Return a model's answer, whose logits and loss may be lazy."""
+    given = {key: value for key, value in batch.items() if key != "document"}
+    return put_off(model, lambda: model(**given), loss=True)
 
 
 def _own_loss(output: Any) -> Tensor:
