@@ -32,7 +32,7 @@ _computes: dict[bool, weakref.WeakSet[nn.Module]] = {
 """Models that need their logits on the way, without a loss and with it."""
 
 
-class NeedsLogits(TypeError):
+class NeedsLogits(RuntimeError):
     """The model does something with its logits that cannot be put off."""
 
 
@@ -284,9 +284,10 @@ def _without_loss(model: nn.Module) -> Iterator[None]:
         if not isinstance(logits, LazyLogits):
             return known(logits, labels, vocab_size, num_items_in_batch, ignore_index,
                          shift_labels=shift_labels, **kwargs)  # fmt: skip
-        targets = labels if shift_labels is None or not _LOSSES[name] else shift_labels
-        if targets is labels and _LOSSES[name]:
-            targets = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+        targets = labels
+        if _LOSSES[name]:
+            following = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+            targets = following if shift_labels is None else shift_labels
         if (ignore_index, vocab_size) != (IGNORED, logits.shape[-1]) or (
             targets.shape != logits.shape[:-1]
         ):

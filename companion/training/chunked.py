@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from companion.evaluation.logits import IGNORED, LazyLogits, LazyLoss, pieces
@@ -153,8 +152,12 @@ class _Chunked(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
+        if torch.is_grad_enabled():  # by create_graph
+            raise RuntimeError(
+                "this loss is differentiated once: for second derivatives pass a loss_fn of your "
+                "own, such as lambda model, batch: model(**batch).loss"
+            )
         operands = ctx.saved_tensors  # raises if one was changed since
         # handed over and not kept, so that no copy is made of them; asked again, computed again
         gradients, ctx.gradients = ctx.gradients, None

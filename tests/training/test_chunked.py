@@ -30,8 +30,8 @@ def plain_divergence(model, teacher, batch, temperature, share):
     with torch.no_grad():
         wanted = teacher(**batch).logits
     output = model(**batch)
-    counted = F.pad(batch["labels"][:, 1:] != -100, (0, 1))
-    counted &= batch["attention_mask"].bool()
+    kept = (batch["labels"] != -100) & batch["attention_mask"].bool()
+    counted = F.pad(kept[:, 1:], (0, 1))
     divergence = F.kl_div(
         (output.logits[counted] / temperature).log_softmax(-1),
         (wanted[counted] / temperature).log_softmax(-1),
@@ -185,9 +185,8 @@ def test_it_is_differentiated_again_but_not_twice():
     once = torch.autograd.grad(2 * loss, model.lm_head.weight, retain_graph=True)[0]
     again = torch.autograd.grad(loss, model.lm_head.weight, retain_graph=True)[0]
     assert torch.equal(once, 2 * again)
-    (gradient,) = torch.autograd.grad(loss, model.lm_head.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, model.lm_head.weight, create_graph=True)
 
 
 def test_a_weight_that_changed_in_between_is_noticed():
@@ -246,12 +245,12 @@ def test_its_gradients_are_those_of_finite_differences():
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in ((2, 5, 4), (WORDS, 4), (WORDS,), (2, 5, 4))
     )
+    teacher = LazyLogits(target.detach(), weight.detach().flip(0))
     labels = torch.randint(0, WORDS, (2, 5))
     labels[0, :2] = -100
 
     def loss(inputs, weight, bias):
         logits = LazyLogits(inputs, weight, bias) / 2
-        teacher = LazyLogits(target.detach(), weight.detach().flip(0))
         counted = torch.arange(10).view(2, 5) > 0
         return chunked_loss(
             logits, LazyLoss(logits, labels), Imitation(teacher, counted, 2.0, 0.7), 0.3
