@@ -1,11 +1,12 @@
 """What the loss over 49,152 words adds: perplexity and training steps of SmolLM2-135M.
 
-    python -m benchmarks.loss_cost               (about six minutes; nothing else should run)
+    python -m benchmarks.loss_cost               (about five minutes; nothing else should run)
 
 Perplexity: the test part of Python's language reference, batch by batch in turns: all logits and
 their cross-entropy at once (plain), the package's way, and the bare forward pass with logits only
 where a label is scored. Training: one forward and backward pass of 512 tokens, on labels and with
 a teacher, in turns; the peak memory of each in a process of its own. Only ratios compare machines.
+With --only, one part is measured and the rows of the others stay as they are in the file.
 Writes benchmarks/results/loss_cost.json.
 """
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.provenance import write_results
+from benchmarks.provenance import RESULTS, write_results
 from companion import W4, load_pretrained, load_task, prepare_qat
 from companion.course.sources import load_tokenizer
 from companion.evaluation.language import document_losses
@@ -48,7 +49,7 @@ def bare(model: nn.Module, batch: dict) -> Tensor:
     return model(input_ids=batch["input_ids"], logits_to_keep=scored).logits
 
 
-def perplexity_seconds(name: str) -> dict:
+def perplexity_seconds(name: str, rounds: int) -> list[dict]:
     """Time the ways over batches of some 12,000 scored tokens in all."""
     model = load_pretrained(name).eval()
     task = load_task("language-reference", tokenizer=load_tokenizer(name), block_size=BLOCK,
@@ -68,9 +69,9 @@ def perplexity_seconds(name: str) -> dict:
             fed += batch["input_ids"].numel()
         if tokens >= TOKENS:
             break
-    return {"case": "perplexity", "tokens scored": tokens, "tokens fed": fed, "block": BLOCK,
+    return [{"case": "perplexity", "tokens scored": tokens, "tokens fed": fed, "block": BLOCK,
             "rows": ROWS} | {f"{way}_s": round(t, 2) for way, t in seconds.items()} | {
-            f"{way} / bare": round(seconds[way] / seconds["bare"], 3) for way in WAYS}  # fmt: skip
+            f"{way} / bare": round(seconds[way] / seconds["bare"], 3) for way in WAYS}]  # fmt: skip
 
 
 def plain_teacher(teacher: nn.Module) -> Callable[[nn.Module, dict], Tensor]:
@@ -134,6 +135,13 @@ def step_memory(name: str, step: str, way: str) -> int:
     return peak.bytes
 
 
+def step_bytes(name: str, rounds: int) -> list[dict]:
+    """Measure the peak memory of each step, both ways."""
+    return [{"case": f"memory of a training step, {step}", "tokens": BLOCK}
+            | {f"{way}_peak_MB": memory_apart(name, step, way) for way in WAYS}
+            for step in STEPS]  # fmt: skip
+
+
 def memory_apart(name: str, step: str, way: str) -> float:
     """Megabytes of `step_memory`, measured in a process that returns what it frees."""
     command = [sys.executable, "-m", "benchmarks.loss_cost", "--model", name, "--memory", step, way]
@@ -142,22 +150,29 @@ def memory_apart(name: str, step: str, way: str) -> float:
     return round(json.loads(run.stdout.splitlines()[-1]) / 1e6)
 
 
+PARTS = {"perplexity": perplexity_seconds, "steps": step_seconds, "memory": step_bytes}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--only", choices=PARTS, help="measure this part, keep the rows of the others"
+    )
     parser.add_argument("--memory", nargs=2, metavar=("STEP", "WAY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
         print(step_memory(args.model, *args.memory))
         return
-    records = [perplexity_seconds(args.model)]
-    print(records[0], flush=True)
-    records += step_seconds(args.model, args.rounds)
-    for record, step in zip(records[1:], STEPS, strict=True):
-        record |= {f"{way}_peak_MB": memory_apart(args.model, step, way) for way in WAYS}
-        print(record, flush=True)
-    print(write_results("loss_cost", records, model=args.model, rounds=args.rounds))
+    path = RESULTS / "loss_cost.json"
+    kept = json.loads(path.read_text())["records"] if args.only and path.exists() else []
+    records = {record["case"]: record for record in kept}
+    for part in [args.only] if args.only else PARTS:
+        for record in PARTS[part](args.model, args.rounds):
+            print(record, flush=True)
+            records[record["case"]] = record
+    print(write_results("loss_cost", [*records.values()], model=args.model, rounds=args.rounds))
 
 
 if __name__ == "__main__":
