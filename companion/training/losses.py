@@ -30,6 +30,10 @@ NOTHING_SCORED = (
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
     """Cross-entropy for ``(inputs, labels)`` pairs; the model's own loss for dict batches.
 
+    Where that is the cross-entropy of transformers, the logits are computed only where a label is
+    scored, and a piece at a time; the loss is the same but for rounding, and can be differentiated
+    once.
+
     Examples
     --------
     >>> float(default_loss(nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))))
@@ -54,6 +58,9 @@ def distillation_loss(teacher: nn.Module, temperature: float = 1.0, share: float
       counts;
     - in either case padding, where `attention_mask` is 0, does not count;
     - in classifiers every example counts: labels do not matter.
+
+    Of language models of transformers, only the logits of such predictions are computed, a piece at
+    a time.
 
     Parameters
     ----------
