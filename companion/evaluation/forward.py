@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from companion.data.text import IGNORED
 from companion.errors import UnreadableBatch, UnsupportedModel
-from companion.evaluation.logits import IGNORED, put_off, token_losses
+from companion.evaluation.logits import put_off, token_losses
 
 BOOKKEEPING = ("labels", "document")
 """What a batch says about itself, and no model is asked with."""

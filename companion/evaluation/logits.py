@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-IGNORED = -100  # the label that cross-entropy leaves out
+from companion.data.text import IGNORED
+
 PIECE_BYTES = 2**25
 """Of float32 logits computed at a time on a CPU, an eighth of those on a GPU: rows enough to be
 multiplied at full speed, and few beside a model."""

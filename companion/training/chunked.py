@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from companion.evaluation.logits import IGNORED, LazyLogits, LazyLoss, pieces
+from companion.data.text import IGNORED
+from companion.evaluation.logits import LazyLogits, LazyLoss, pieces
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ def chunked_loss(
     >>> chunked_loss(logits, LazyLoss(logits, torch.tensor([[1, -100]])))
     tensor(1.3863)
     """
-    scored = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device).flatten()
-    targets = weights = counts = None
+    targets = weights = counts = scored = None
     if labels is not None:
         targets = labels.targets.flatten()
         has_label = targets != IGNORED
@@ -83,7 +83,7 @@ def chunked_loss(
     if imitation is not None:
         counted = imitation.counted.flatten()
         counts = counted * (imitation.factor / counted.sum())
-        scored = scored | counted
+        scored = counted if scored is None else scored | counted
     index = scored.nonzero()[:, 0]
     inputs = logits.inputs.flatten(0, -2)[index]
     if not len(index):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from companion.data.text import IGNORED
 from companion.errors import NothingToTrain, UnsupportedModel
-from companion.evaluation.logits import IGNORED, LazyLogits, LazyLoss, put_off
+from companion.evaluation.logits import LazyLogits, LazyLoss, put_off
 from companion.training.batches import count_rows
 from companion.training.chunked import Imitation, chunked_loss
 from companion.training.state import kept_modes
