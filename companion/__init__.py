@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from companion.numerics.affine import choose_scale, dequantize, fake_quantize, quantize
     from companion.numerics.packing import pack, unpack
     from companion.numerics.scheme import W2, W3, W4, W4A8, W8, W8A8, Activations, QuantScheme
+    from companion.qat.packed import release_cache
     from companion.qat.prepare import convert, prepare_qat
     from companion.qat.saved import load_quantized, save_quantized
     from companion.study.compare import compare
@@ -39,6 +40,7 @@ _HOME = {
     "numerics.affine": ("choose_scale", "dequantize", "fake_quantize", "quantize"),
     "numerics.packing": ("pack", "unpack"),
     "numerics.scheme": ("W2", "W3", "W4", "W4A8", "W8", "W8A8", "Activations", "QuantScheme"),
+    "qat.packed": ("release_cache",),
     "qat.prepare": ("convert", "prepare_qat"),
     "qat.saved": ("load_quantized", "save_quantized"),
     "study.compare": ("compare",),
@@ -75,6 +77,7 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "recovery",
+    "release_cache",
     "save_quantized",
     "to_torchao",
     "unpack",

@@ -86,17 +86,22 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
             f"{n} integers of {bits} bits are packed in {-(-n // 8) * bits} bytes, not in "
             f"{packed.shape[-1]}"
         )
+    if bits == 8:
+        return packed.view(torch.int8)[..., :n].clone()
     count, width = _cell(bits)
     octets = packed.unflatten(-1, (-1, width))
-    cells = torch.empty(*octets.shape[:-1], count, dtype=torch.uint8, device=packed.device)
-    for i in range(count):
-        byte, shift = divmod(i * bits, 8)
-        cells[..., i] = octets[..., byte] >> shift
-        if shift + bits > 8:
-            cells[..., i] |= octets[..., byte + 1] << (8 - shift)
+    word = _WORD[count]  # as wide as the integers of a cell will be
+    words = torch.empty(octets.shape[:-1], dtype=word, device=packed.device)
+    words.copy_(octets[..., 0])
+    for i in range(1, width):
+        words |= octets[..., i].to(word).bitwise_left_shift_(8 * i)
+    for shift, stay, move in _SPREAD[bits]:
+        moved = words.bitwise_left_shift(shift).bitwise_and_(move)
+        words.bitwise_and_(stay).bitwise_or_(moved)
+        del moved  # before the next step takes as much again
     sign = 2 ** (bits - 1)
-    integers = cells.bitwise_and_(2**bits - 1).view(torch.int8).bitwise_xor_(sign).sub_(sign)
-    return integers.flatten(-2)[..., :n]
+    integers = words.view(torch.int8).bitwise_xor_(sign).sub_(sign)
+    return integers[..., :n]
 
 
 def narrowest(x: Tensor) -> Tensor:
@@ -127,7 +132,35 @@ def narrowest(x: Tensor) -> Tensor:
 _LARGE = 4096  # values; of norms and biases there is little to save
 
 
+_WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; the lowest byte is the first
+
+
 def _cell(bits: int) -> tuple[int, int]:
     """Return how many integers fill how many whole bytes: 2 in 1 at four bits, 8 in 3 at three."""
     count = 8 // math.gcd(8, bits)
     return count, count * bits // 8
+
+
+def _spread(bits: int) -> list[tuple[int, int, int]]:
+    """Return how the integers of a cell come to lie one to a byte, by halving a word.
+
+    The upper half of what each lane holds moves to the upper half of the lane; then each half is
+    a lane. All words of a tensor take a step at once, in three passes that a processor's widest
+    registers serve.
+
+    Returns
+    -------
+    list of (shift, stay, move)
+        How far the upper halves move, where the lower ones are, and where the upper ones arrive.
+    """
+    count, _ = _cell(bits)
+    steps, lanes = [], 1
+    while lanes < count:
+        lane, half = 8 * count // lanes, bits * count // lanes // 2  # bits
+        stay = sum((2**half - 1) << lane * i for i in range(lanes))
+        steps.append((lane // 2 - half, stay, stay << lane // 2))
+        lanes *= 2
+    return steps
+
+
+_SPREAD = {bits: _spread(bits) for bits in range(2, 8)}

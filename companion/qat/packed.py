@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,11 @@ from companion.numerics.activations import activation_grid, fake_quantize_activa
 from companion.numerics.packing import pack, unpack
 from companion.numerics.scheme import QuantScheme
 from companion.qat.layers import FakeQuantEmbedding, FakeQuantLinear
+
+_BLOCK = 2**20
+"""Weights that are dequantized at a time where none are kept: what caches hold, in float32."""
+_FEWEST_ROWS = 256
+"""Rows of a block at least: below, the matrix product itself gets slower."""
 
 
 class Packed(nn.Module):
@@ -50,13 +57,23 @@ class Packed(nn.Module):
     def values(self, integers: Tensor, scale: Tensor) -> Tensor:
         """Unpack and dequantize rows."""
         groups = unpack(integers, self.scheme.weight_bits, self.columns).float()
-        groups = groups.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None].float())
-        return groups.to(self.dtype).flatten(-2)
+        groups.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None].float())
+        return groups.to(self.dtype)
 
     @property
     def weight(self) -> Tensor:
         """The whole weight matrix in floating point, computed anew each time."""
-        return self.values(self.integers, self.scale)
+        if _is_traced():
+            return self.values(self.integers, self.scale)
+        whole = self.scale.new_empty(self.rows, self.columns, dtype=self.dtype)
+        for rows in self._blocks(_BLOCK // 4):
+            whole[rows] = self.values(self.integers[rows], self.scale[rows])
+        return whole
+
+    def _blocks(self, weights: int) -> list[slice]:
+        """Cut the rows into blocks of about so many weights."""
+        step = max(1, weights // self.columns)
+        return [slice(first, first + step) for first in range(0, self.rows, step)]
 
     def _apply(self, fn, recurse=True):
         # model.half() or .bfloat16() change what is computed with, never what is stored: they
@@ -76,19 +93,37 @@ class Packed(nn.Module):
         return f"{self.rows}, {self.columns}, {self.scheme.weight_bits} bits"
 
 
-class QuantizedLinear(Packed):
-    """A Linear layer that keeps packed integers and dequantizes them to compute.
+class _Kept(NamedTuple):
+    """What a layer keeps beside its integers, of which type, and the tensors it was made from."""
 
-    Smaller than a float layer, not faster: PyTorch multiplies the dequantized matrix.
+    of: tuple[str, torch.dtype]
+    versions: list[tuple[Tensor, int]]
+    value: Any
+
+
+class QuantizedLinear(Packed):
+    """A Linear layer of packed integers, which PyTorch multiplies in floating point.
+
+    In eval mode it dequantizes them once and keeps the matrix beside them, so that every further
+    forward costs what a float layer's does, in time and, for as long as it is kept, in memory.
+    Without `cache`, while it trains, and where the machine's memory would run short, it
+    dequantizes at each forward, a few megabytes at a time.
 
     Parameters
     ----------
     bias : Tensor or None
+    cache : bool
+        Whether to keep the matrix. It is no part of the state: no file, copy or count of bytes
+        has it. `release_cache` gives its memory back.
     """
 
-    def __init__(self, *shape, bias: Tensor | None = None, **kwargs) -> None:
+    cache = True  # a model pickled by an earlier version has no such attribute
+    _kept: _Kept | None = None
+
+    def __init__(self, *shape, bias: Tensor | None = None, cache: bool = True, **kwargs) -> None:
         super().__init__(*shape, **kwargs)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.cache = cache
 
     @property
     def in_features(self) -> int:
@@ -102,7 +137,64 @@ class QuantizedLinear(Packed):
         scheme = self.scheme
         if scheme.activations is not None:
             x = fake_quantize_activations(x, scheme.activations, scheme.group_size)
-        return F.linear(x, self.weight, self.bias)
+        if _is_traced():
+            return F.linear(x, self.weight, self.bias)
+        if self._may_keep_matrix():
+            return F.linear(x, self._once("matrix", lambda: self.weight), self.bias)
+        blocks = self._blocks(max(_BLOCK, _FEWEST_ROWS * self.columns))
+        if len(blocks) == 1 or not self._takes_blocks(x):
+            return F.linear(x, self.weight, self.bias)
+        rows = x.reshape(-1, self.columns)
+        y = x.new_empty(len(rows), self.rows)
+        for block in blocks:
+            weight = self.values(self.integers[block], self.scale[block]).t()
+            if self.bias is None:
+                torch.mm(rows, weight, out=y[:, block])
+            else:
+                torch.addmm(self.bias[block], rows, weight, out=y[:, block])
+        return y.view(*x.shape[:-1], self.rows)
+
+    def release(self) -> int:
+        """Forget what is kept beside the integers, and return how many bytes a matrix took."""
+        kept, self._kept = self._kept, None
+        return kept.value.nbytes if kept and isinstance(kept.value, Tensor) else 0
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` makes of the stored tensors, made anew only when these change."""
+        stored = [t for t in (self.integers, self.scale, self.bias) if t is not None]
+        versions = [(t, 0 if t.is_inference() else t._version) for t in stored]
+        kept = self._kept
+        if kept is None or kept.of != (name, self.dtype) or not _same(kept.versions, versions):
+            with torch.inference_mode(False):  # a later forward may need a gradient
+                kept = self._kept = _Kept((name, self.dtype), versions, make())
+        return kept.value
+
+    def _may_keep_matrix(self) -> bool:
+        if not self.cache or self.training or self.integers.is_meta:
+            return False
+        size = self.rows * self.columns * self.dtype.itemsize
+        return self._kept is not None or leaves_room(size, self.integers.device)
+
+    def _takes_blocks(self, x: Tensor) -> bool:
+        """Whether results may be written into memory that is there, past autograd and autocast."""
+        return not (
+            x.is_meta or self._is_differentiated(x) or torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _is_differentiated(self, x: Tensor) -> bool:
+        trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return trained and torch.is_grad_enabled()
+
+    def _apply(self, fn, recurse=True):
+        self.release()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
+
+    def _load_from_state_dict(self, *args):
+        self.release()
+        super()._load_from_state_dict(*args)
 
 
 class DynamicInt8Linear(QuantizedLinear):
@@ -113,8 +205,6 @@ class DynamicInt8Linear(QuantizedLinear):
     or cannot go (another device, gradients, `torch.compile`, inputs that are not finite), the
     layer computes what training simulated.
     """
-
-    _kernel = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel() or not self._kernel_serves(x):
@@ -127,20 +217,21 @@ class DynamicInt8Linear(QuantizedLinear):
         _, qmax = self.scheme.activations.integers
         if (high * (1 / scale)).round() + zero_point > qmax:  # by a rounded zero point, on a tie
             rows = rows.clamp(max=(qmax - zero_point) * scale)
-        if self._kernel is None:
-            self._kernel = self._prepack()
-        result = self._kernel(rows, scale.item(), int(zero_point))
+        kernel = self._once("kernel", self._prepack)
+        result = kernel(rows, scale.item(), int(zero_point))
         return result.view(*x.shape[:-1], self.rows).to(x.dtype)
 
     def _kernel_serves(self, x: Tensor) -> bool:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         return (
             x.device.type == "cpu"
-            and not traced
-            and not (trained and torch.is_grad_enabled())
-            and "fbgemm" in torch.backends.quantized.supported_engines
+            and not _is_traced()
+            and not self._is_differentiated(x)
+            and _has_fbgemm()
         )
+
+    def _may_keep_matrix(self) -> bool:  # beside the kernel's own copy it would be a second one
+        cpu = self.integers.device.type == "cpu"
+        return not (cpu and _has_fbgemm()) and super()._may_keep_matrix()
 
     def _prepack(self) -> Callable[[Tensor, float, int], Tensor]:
         scale = self.scale[:, 0].double()
@@ -160,17 +251,6 @@ class DynamicInt8Linear(QuantizedLinear):
         # torch.export looks for such an object among a module's attributes, and cannot carry it
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         return partial(multiply, W_prepack=packed)
-
-    def _apply(self, fn, recurse=True):
-        self._kernel = None
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_kernel"}
-
-    def _load_from_state_dict(self, *args):
-        self._kernel = None
-        super()._load_from_state_dict(*args)
 
 
 class QuantizedEmbedding(Packed):
@@ -193,6 +273,65 @@ class QuantizedEmbedding(Packed):
         return rows if self.factor is None else (rows.float() * self.factor).to(rows.dtype)
 
 
+def release_cache(model: nn.Module) -> int:
+    """Free the float matrices that converted layers keep for speed; the model stays usable.
+
+    Layers made with ``cache=True`` dequantize again, and keep the matrix again, at their next
+    forward; ``convert(..., cache=False)`` and ``load_quantized(..., cache=False)`` make models
+    that keep none.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    int
+        The bytes that were freed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from companion import W4, convert, prepare_qat
+    >>> model = convert(prepare_qat(nn.Sequential(nn.Linear(64, 8)), W4))
+    >>> model(torch.ones(1, 64)).shape, release_cache(model)  # 64 * 8 weights in float32
+    (torch.Size([1, 8]), 2048)
+    """
+    return sum(m.release() for m in model.modules() if isinstance(m, QuantizedLinear))
+
+
+def leaves_room(size: int, device: torch.device) -> bool:
+    """Whether a quarter of a device's memory stays free when `size` bytes more are taken.
+
+    True where nobody says how much there is.
+
+    Examples
+    --------
+    >>> leaves_room(1, torch.device("cpu")), leaves_room(10**18, torch.device("cpu"))
+    (True, False)
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        try:
+            free, total = _host_memory()
+        except (OSError, KeyError, ValueError):
+            return True
+    return size <= free - total / 4
+
+
+def _host_memory() -> tuple[int, int]:
+    """Bytes that are free, and all: of the machine or, where that is less, of its container."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    bytes_ = {name: 1024 * int(count) for name, count, *_ in lines}
+    free, total = bytes_["MemAvailable:"], bytes_["MemTotal:"]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()) != "max" and int(text) < total:
+        total = int(text)
+        free = min(free, total - int(limit.with_name("memory.current").read_text()))
+    return free, total
+
+
 def refuse_save_pretrained(model: nn.Module) -> None:
     """Make `save_pretrained`, and so every checkpoint of HF's Trainer, say how to save instead.
 
@@ -213,3 +352,17 @@ def _save_pretrained(*args, **kwargs) -> None:
         "save_pretrained() cannot write the packed integers of a converted model: call "
         "companion.save_quantized(model, folder), and load_quantized(folder) to read it"
     )
+
+
+def _same(old: list[tuple[Tensor, int]], new: list[tuple[Tensor, int]]) -> bool:
+    return len(old) == len(new) and all(
+        a is b and i == j for (a, i), (b, j) in zip(old, new, strict=True)
+    )
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from types import MethodType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from companion.errors import (
     NothingToQuantize,
@@ -63,6 +63,7 @@ def prepare_qat(
     *,
     skip: Iterable[str] = (),
     embeddings: bool = False,
+    inplace: bool = False,
 ) -> nn.Module:
     """Return a copy of a model whose layers round their weights (and inputs) as they compute.
 
@@ -72,7 +73,7 @@ def prepare_qat(
     Parameters
     ----------
     model : nn.Module
-        Any model with nn.Linear or GPT-2's Conv1D layers; left as it is.
+        Any model with nn.Linear or GPT-2's Conv1D layers; left as it is unless `inplace`.
     scheme : QuantScheme
         Such as the presets W4 or W8A8.
     method : {"absmax", "mse", "lsq", "absmax-torchao-gradient"} or subclass of Absmax
@@ -85,6 +86,9 @@ def prepare_qat(
     embeddings : bool
         Also round embeddings. An output layer tied to an embedding then shares its rounded
         weight; otherwise both stay in floating point.
+    inplace : bool
+        Change `model` itself and return it, which takes no second copy of its weights. A model
+        that is refused is left as it was.
 
     Returns
     -------
@@ -140,8 +144,18 @@ def prepare_qat(
         )
     check_forwards(model, chosen)
     check_divisible(targets, chosen, scheme)
-    prepared = copy.deepcopy(model)
+    prepared = model if inplace else copy.deepcopy(model)
     quantizers: dict[nn.Parameter, Absmax] = {}
+    for name in chosen:  # nothing is changed before all of them are made
+        module = prepared.get_submodule(name)
+        if module.weight not in quantizers:
+            matrix = (
+                module.weight.t().contiguous() if kind_of(module) == "Conv1D" else module.weight
+            )
+            quantizers[module.weight] = quantizer = make_quantizer(scheme, method, matrix)
+            quantizer.fingerprint = fingerprint_of(module.weight)
+            _check_finite(name, quantizer, matrix)
+    registered: set[Absmax] = set()
     for name in chosen:
         module = prepared.get_submodule(name)
         if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
@@ -149,22 +163,27 @@ def prepare_qat(
         module.__class__ = _FAKE[kind_of(module)]
         if "_old_forward" in vars(module):  # Accelerate's hook calls what it found there
             module._old_forward = MethodType(type(module).forward, module)
-        if module.weight in quantizers:
+        quantizer = quantizers[module.weight]
+        if quantizer in registered:
             # Tied layers share their range too. It is registered once, so that no file has to
             # hold it under two names, which safetensors refuses.
-            module.__dict__["quantizer"] = quantizers[module.weight]
+            module.__dict__["quantizer"] = quantizer
         else:
-            quantizers[module.weight] = make_quantizer(scheme, method, module.matrix)
-            module.quantizer = quantizers[module.weight]
-            module.quantizer.fingerprint = fingerprint_of(module.weight)
-        _check_finite(name, module)
+            module.quantizer = quantizer
+            registered.add(quantizer)
         record.layers.append(name)
     prepared.quantization = record
     logger.info("%s", record)
     return prepared
 
 
-def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
+def convert(
+    model: nn.Module,
+    scheme: QuantScheme | None = None,
+    *,
+    inplace: bool = False,
+    cache: bool = True,
+) -> nn.Module:
     """Return a copy whose prepared layers keep packed integers and compute the same as before.
 
     The forward equals the prepared model's in eval mode bit for bit for weight-only schemes
@@ -176,6 +195,13 @@ def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
         From `prepare_qat`, usually trained since.
     scheme : QuantScheme, optional
         The scheme you expect; an error if the model was prepared with another.
+    inplace : bool
+        Convert `model` itself and return it; each weight is freed as soon as it is packed. A
+        model that is refused is left as it was.
+    cache : bool
+        Keep the matrix that a layer dequantizes at its first forward, where the machine's memory
+        allows: the model then runs as fast as in floating point, and takes its memory, too, until
+        `release_cache`. False takes a few megabytes beyond the integers.
 
     Returns
     -------
@@ -208,17 +234,28 @@ def convert(model: nn.Module, scheme: QuantScheme | None = None) -> nn.Module:
         )
     if scheme is not None and scheme != record.scheme:
         raise SchemeError(f"the model was prepared with {record.scheme}, not with {scheme}")
-    converted = copy.deepcopy(model)
+    for name in record.layers:  # nothing is changed before all of them are known to be right
+        layer = _prepared_layer(model, name)
+        _check_finite(name, layer.quantizer, layer.matrix)
+    weights = {}  # of the model that stays: read from now on, so its copy needs no other ones
+    if not inplace:
+        weights = {id(p): p for p in (model.get_submodule(n).weight for n in record.layers)}
+    converted = model if inplace else copy.deepcopy(model, {**weights})
     new: dict[nn.Module, nn.Module] = {}
     done: dict[int, Packed] = {}
     for name in record.layers:
-        layer = _prepared_layer(converted, name)
-        _check_finite(name, layer)
-        new[layer] = packed = empty_packed(layer, record.scheme).store(layer)
+        layer = converted.get_submodule(name)
+        new[layer] = packed = empty_packed(layer, record.scheme)
+        packed.cache = cache
         _keep_hooks(layer, packed)
-        tied = done.setdefault(id(layer.weight), packed)  # one copy for layers that share one
-        packed.integers, packed.scale = tied.integers, tied.scale
+        if id(layer.weight) in done:  # one copy for layers that share one
+            tied = done[id(layer.weight)]
+            packed.integers, packed.scale = tied.integers, tied.scale
+        else:
+            done[id(layer.weight)] = packed.store(layer)
+        layer.weight = None  # freed here, where the caller has no use for it
     converted = replace_modules(converted, new)
+    _copy_parameters(converted, weights)
     converted.quantization = record
     refuse_save_pretrained(converted)
     return converted.eval().requires_grad_(False)
@@ -312,9 +349,18 @@ def _keep_hooks(layer: nn.Module, packed: nn.Module) -> None:
         add_hook_to_module(packed, layer._hf_hook)
 
 
-def _check_finite(name: str, layer: nn.Module) -> None:
-    _, scale = layer.quantizer.integers(layer.matrix)
-    if not (scale.isfinite().all() and layer.weight.isfinite().all()):
+def _copy_parameters(model: nn.Module, shared: dict[int, nn.Parameter]) -> None:
+    """Give the model its own of those parameters that another model has, too."""
+    copies: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in shared:
+                module._parameters[name] = copy.deepcopy(parameter, copies)
+
+
+def _check_finite(name: str, quantizer: Absmax, matrix: Tensor) -> None:
+    _, scale = quantizer.integers(matrix)
+    if not (scale.isfinite().all() and matrix.isfinite().all()):
         raise SchemeError(
             f"the weights of {name} are too large for {scale.dtype} scales, or not finite: check "
             "the model, or choose scale_dtype=torch.float32"

@@ -15,7 +15,8 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -142,8 +143,12 @@ def refuse_foreign(model: nn.Module, call: str) -> None:
         )
 
 
-def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load_quantized(
+    folder: str | Path, model: nn.Module | None = None, *, cache: bool = True
+) -> nn.Module:
     """Read a model that `save_quantized` wrote; it computes bit for bit what was saved.
+
+    Only what the file holds takes memory: no float weight is made that is going to be replaced.
 
     Parameters
     ----------
@@ -151,6 +156,8 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
     model : nn.Module, optional
         A float model of the same architecture, needed only where the class is not one of
         transformers' and cannot be rebuilt from config.json. Left as it is.
+    cache : bool
+        As in `convert`: keep the matrix that each layer dequantizes at its first forward.
 
     Returns
     -------
@@ -176,11 +183,9 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
     config, description = _read_config(folder)
     scheme = QuantScheme.from_dict(description["scheme"])
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = _read_tensors(folder / WEIGHTS, description.get("narrowed", {}))
     except Exception as error:
         raise DamagedFile(f"{folder / WEIGHTS} cannot be read ({error}): copy it again") from None
-    for name, dtype in description.get("narrowed", {}).items():
-        tensors[name] = tensors[name].to(getattr(torch, dtype))
     model = _rebuild(config, description) if model is None else _without_weights(model)
     try:
         new = {}
@@ -188,6 +193,7 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
             layer = model.get_submodule(name)
             new[layer] = packed = empty_packed(layer, scheme)
             packed.dtype = getattr(torch, description["computes"][name])
+            packed.cache = cache
         model = replace_modules(model, new)
         aliases = {name: tensors[first] for name, first in description["aliases"].items()}
         model.load_state_dict(tensors | aliases, assign=True)  # keeps types
@@ -215,6 +221,16 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
     )
     refuse_save_pretrained(model)
     return model.eval().requires_grad_(False)
+
+
+def _read_tensors(path: Path, narrowed: dict[str, str]) -> dict[str, Tensor]:
+    """Read a file, each tensor in the type that its model computes in."""
+    tensors = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            tensor = file.get_tensor(name)
+            tensors[name] = tensor.to(getattr(torch, narrowed.get(name, _name(tensor.dtype))))
+    return tensors
 
 
 def _share(model: nn.Module, name: str, first: str) -> None:
