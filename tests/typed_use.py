@@ -40,6 +40,7 @@ def models(folder: Path) -> nn.Module:
     assert_type(c.load_quantized(folder), nn.Module)
     assert_type(c.export_onnx(converted, folder / "model.onnx"), Path)
     assert_type(c.to_torchao(converted), nn.Module)
+    assert_type(c.release_cache(converted), int)
     wrapped = c.QuantWrapper(model).prepare_qat(weight_bits=8)
     assert_type(wrapped.convert(), c.QuantWrapper)
     return converted

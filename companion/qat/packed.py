@@ -63,7 +63,8 @@ class Packed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole weight matrix in floating point, computed anew each time."""
-        if _is_traced():
+        small = self.dtype == torch.float32 and self.rows * self.columns <= _BLOCK
+        if small or _is_traced():
             return self.values(self.integers, self.scale)
         whole = self.scale.new_empty(self.rows, self.columns, dtype=self.dtype)
         for rows in self._blocks(_BLOCK // 4):

@@ -128,7 +128,8 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
-        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        given = [*args, *(kwargs or {}).values()]
+        known = {t.untyped_storage().data_ptr() for t in given if isinstance(t, torch.Tensor)}
         if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
             size = result.untyped_storage().nbytes()
             self.now += size
@@ -149,6 +150,14 @@ def test_packing_takes_three_bytes_a_weight_at_most(width):
         unpack(packed, width, q.shape[-1])
     assert packed.numel() <= packing.peak <= 3.01 * q.numel()
     assert q.numel() <= unpacking.peak <= 2.01 * q.numel()  # .01: the padding
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_unpacking_gives_memory_of_its_own(width):
+    packed = pack(integers(width, 4, 16), width)
+    before = packed.clone()
+    unpack(packed, width, 16).zero_()
+    assert torch.equal(packed, before)
 
 
 def test_narrowest_loses_no_value():

@@ -9,8 +9,28 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from companion import W2, W3, W4, W4A8, W8, W8A8, QuantScheme, convert, prepare_qat, unpack
-from companion.qat.packed import DynamicInt8Linear, QuantizedEmbedding, QuantizedLinear
+from companion import (
+    W2,
+    W3,
+    W4,
+    W4A8,
+    W8,
+    W8A8,
+    QuantScheme,
+    convert,
+    model_bytes,
+    prepare_qat,
+    release_cache,
+    unpack,
+)
+from companion.qat import packed
+from companion.qat.packed import (
+    DynamicInt8Linear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    leaves_room,
+)
+from tests.numerics.test_packing import PeakBytes
 
 
 def pair(scheme: QuantScheme, columns: int = 64, **options) -> tuple[nn.Module, nn.Module]:
@@ -319,3 +339,157 @@ def test_groups_of_zeros_stay_zeros_and_spoil_nobody(scheme, method):
     assert (weight[rest, 32:] - given).square().sum() <= (absmax - given).square().sum()
     x = inputs(5)
     assert torch.equal(convert(prepared)(x)[:, 3], layer.bias[3].expand(5))
+
+
+def kept(layer: nn.Module) -> torch.Tensor | None:
+    return None if layer._kept is None else layer._kept.value
+
+
+KEPT = [W4, W3, W2, W8, W4A8, QuantScheme(5, 16)]
+
+
+@pytest.mark.parametrize("scheme", KEPT, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_kept_matrix_changes_no_bit_and_stays(scheme, dtype):
+    prepared = prepare_qat(nn.Sequential(nn.Linear(64, 24)).to(dtype), scheme).eval()
+    with_cache, without = convert(prepared), convert(prepared, cache=False)
+    x = inputs().to(dtype)
+    for _ in range(2):
+        assert torch.equal(with_cache(x), without(x))
+        assert torch.equal(with_cache(x), prepared(x))
+    matrix = kept(with_cache[0])
+    assert matrix.dtype == dtype
+    assert torch.equal(matrix, without[0].weight)
+    with_cache(x)
+    assert kept(with_cache[0]) is matrix  # not made again
+    assert kept(without[0]) is None
+
+
+def test_values_are_integers_times_scales_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    for bits in range(2, 9):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            layer = pair(QuantScheme(bits, 16), 80)[1].to(dtype)[0]
+            layer.scale.copy_(torch.rand(24, 5, generator=generator))
+            q = unpack(layer.integers, bits, 80).double().unflatten(-1, (5, 16))
+            exact = (q * layer.scale.double()[..., None]).flatten(-2)  # 8 and 11 bits: no rounding
+            assert torch.equal(layer.weight, exact.to(dtype))
+
+
+CHANGES_OF_WEIGHTS = {
+    "in place": lambda layer, other: layer.integers.copy_(other.integers),
+    "scales in place": lambda layer, other: layer.scale.mul_(2),
+    "another buffer": lambda layer, other: setattr(layer, "integers", other.integers.clone()),
+    "state": lambda layer, other: layer.load_state_dict(other.state_dict()),
+    "assigned state": lambda layer, other: layer.load_state_dict(other.state_dict(), assign=True),
+    "type": lambda layer, other: layer.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_WEIGHTS)
+@pytest.mark.parametrize("scheme", [W4, W8A8], ids=str)
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_kept_follows_what_is_stored(scheme, change, inference):
+    torch.manual_seed(0)
+    first, second = (convert(prepare_qat(nn.Linear(64, 24), scheme)) for _ in "ab")
+    with torch.inference_mode(inference):
+        before = first(inputs())
+    with torch.no_grad():
+        CHANGES_OF_WEIGHTS[change](first, second)
+        x = inputs().to(first.dtype)
+        fresh = copy.deepcopy(first)
+        assert torch.equal(first(x), fresh(x))
+        assert not torch.equal(first(x), before)
+
+
+def test_what_is_kept_is_no_part_of_the_model():
+    converted = pair(W4)[1]
+    states = [converted.state_dict().keys(), model_bytes(converted), len(pickle.dumps(converted))]
+    converted(inputs())
+    assert kept(converted[0]).nbytes == 4 * 24 * 64
+    assert states == [
+        converted.state_dict().keys(), model_bytes(converted), len(pickle.dumps(converted))
+    ]  # fmt: skip
+    assert kept(copy.deepcopy(converted)[0]) is None
+    assert kept(pickle.loads(pickle.dumps(converted))[0]) is None
+    assert release_cache(converted) == 4 * 24 * 64
+    assert kept(converted[0]) is None
+    assert release_cache(converted) == 0
+
+
+def test_nothing_is_kept_while_training_nor_by_compilers_nor_where_memory_is_short(monkeypatch):
+    prepared, converted = pair(W4)
+    expected = prepared(inputs())
+    assert torch.equal(converted.train()(inputs()), expected)
+    assert kept(converted[0]) is None
+    torch.export.export(converted.eval(), (inputs(),))
+    torch.jit.trace(converted, inputs())
+    assert kept(converted[0]) is None
+    monkeypatch.setattr(packed, "_host_memory", lambda: (1000, 2000))
+    assert leaves_room(500, torch.device("cpu"))
+    assert not leaves_room(501, torch.device("cpu"))
+    assert torch.equal(converted(inputs()), expected)
+    assert kept(converted[0]) is None  # 6,144 bytes
+    monkeypatch.undo()
+    converted(inputs())
+    assert kept(converted[0]) is not None
+
+
+def test_a_matrix_kept_in_inference_mode_serves_gradients_later():
+    prepared, converted = pair(W4)
+    with torch.inference_mode():
+        converted(inputs())
+    gradients = []
+    for model in (prepared, converted):
+        x = inputs().requires_grad_()
+        model(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+@torch.no_grad()
+def test_the_kernel_and_a_matrix_are_never_both_kept():
+    converted = pair(W8A8)[1]
+    converted(inputs())
+    assert converted[0]._kept.of[0] == "kernel"
+    with torch.enable_grad():
+        converted(inputs().requires_grad_())  # what training simulated
+    assert converted[0]._kept.of[0] == "kernel"
+
+
+LARGE = (2304, 576)  # rows and columns: two blocks, the second one smaller
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 576), (2, 7, 576), (0, 576), (576,)], ids=str)
+@torch.no_grad()
+def test_blocks_of_rows_compute_what_the_whole_matrix_does(shape, bias):
+    torch.manual_seed(0)
+    converted = convert(prepare_qat(nn.Linear(*LARGE[::-1], bias=bias), W4, "absmax"), cache=False)
+    assert len(converted._blocks(packed._BLOCK)) == 2
+    x = torch.randn(shape)
+    expected = F.linear(x, converted.weight, converted.bias)
+    y = converted(x)
+    assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
+    # a matrix product may add 576 terms in another order where it has fewer rows
+    most = 576 * 2**-24 * (x.abs() @ converted.weight.abs().t()).max() if x.numel() else 0
+    assert x.numel() == 0 or (y - expected).abs().max() <= most
+    with torch.autocast("cpu", torch.bfloat16):
+        assert converted(x).dtype == F.linear(x, converted.weight).dtype == torch.bfloat16
+    with torch.enable_grad():
+        assert converted(x.clone().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("scheme", [W2, W3, W4, W8, QuantScheme(5, None)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_dequantizing_takes_little_more_than_its_result(scheme, dtype):
+    layer = convert(prepare_qat(nn.Linear(*LARGE[::-1]), scheme, "absmax"), cache=False).to(dtype)
+    weights = LARGE[0] * LARGE[1]
+    with PeakBytes() as whole:
+        assert layer.weight.shape == LARGE
+    assert dtype.itemsize * weights <= whole.peak <= (dtype.itemsize + 2) * weights
+    with PeakBytes() as forward:
+        y = layer(torch.ones(1, 576, dtype=dtype))
+    assert y.nbytes < forward.peak < 1.3 * (4 + dtype.itemsize % 4) * packed._BLOCK

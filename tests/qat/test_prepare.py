@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import logging
 import types
+import weakref
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from companion.errors import (
 from companion.qat.layers import FakeQuantEmbedding, FakeQuantLinear
 from companion.qat.packed import QuantizedLinear
 from companion.qat.ranges import METHODS
+from tests.numerics.test_packing import PeakBytes
 
 
 class Block(nn.Module):
@@ -436,3 +439,96 @@ def test_a_layer_that_was_replaced_or_removed_since_is_named():
     del prepared[2].up
     with pytest.raises(WrongStage, match=r"2\.up is no longer .* \(it is gone\)"):
         convert(prepared)
+
+
+class Tied(nn.Module):
+    """Token rows and an output layer over the same weight, and a layer between."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.inner, self.head = nn.Embedding(48, 64), Block(), nn.Linear(64, 48)
+        self.head.weight = self.rows.weight
+
+    def forward(self, ids):
+        return self.head(self.inner(self.rows(ids)))
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("scheme", [W4, W8A8], ids=str)
+def test_in_place_gives_what_a_copy_gives(scheme, embeddings):
+    torch.manual_seed(0)
+    start, ids = Tied(), torch.arange(12)[None]
+    copied = prepare_qat(start, scheme, embeddings=embeddings)
+    pointers = {n: p.data_ptr() for n, p in start.named_parameters()}
+    prepared = prepare_qat(start, scheme, embeddings=embeddings, inplace=True)
+    assert prepared is start
+    assert pointers.items() <= {n: p.data_ptr() for n, p in start.named_parameters()}.items()
+    assert torch.equal(prepared(ids), copied(ids))
+    weights = [weakref.ref(m.weight) for m in prepared.modules() if hasattr(m, "quantizer")]
+    expected = convert(copied)
+    converted = convert(prepared, inplace=True)
+    gc.collect()
+    assert converted is start
+    assert all(weight() is None for weight in weights)
+    assert not converted.training
+    state = expected.state_dict()
+    assert state.keys() == converted.state_dict().keys()
+    assert all(torch.equal(state[n], t) for n, t in converted.state_dict().items())
+    assert torch.equal(converted(ids), expected(ids))
+    if embeddings:
+        assert converted.rows.integers is converted.head.integers
+
+
+def test_one_layer_alone_cannot_become_another_and_is_returned():
+    layer = nn.Linear(64, 8)
+    assert prepare_qat(layer, W4, inplace=True) is layer
+    assert isinstance(convert(layer, inplace=True), QuantizedLinear)
+
+
+def test_a_model_refused_in_place_is_as_it_was():
+    broken = model()
+    with torch.no_grad():
+        broken[3].weight[0, 0] = torch.nan  # the last layer that would be changed
+    with pytest.raises(SchemeError, match="not finite"):
+        prepare_qat(broken, W4, inplace=True)
+    assert not hasattr(broken, "quantization")
+    assert all(type(m) is nn.Linear for m in broken.modules() if isinstance(m, nn.Linear))
+    assert not any("quantizer" in name for name, _ in broken.named_modules())
+    prepared = prepare_qat(model(), W4)
+    with torch.no_grad():
+        prepared[3].weight[0, 0] = torch.inf
+    before = copy.deepcopy(prepared.state_dict())
+    with pytest.raises(SchemeError, match="not finite"):
+        convert(prepared, inplace=True)
+    assert prepared.state_dict().keys() == before.keys()
+    assert isinstance(prepared[0].up, FakeQuantLinear)
+
+
+def test_converting_copies_no_weight_that_it_packs():
+    prepared = prepare_qat(nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))), W4, "absmax")
+    weights = {p.data_ptr(): p.clone() for n, p in prepared.named_parameters() if "weight" in n}
+    floats = sum(4 * p.numel() for p in weights.values())
+    with PeakBytes() as peak:
+        converted = convert(prepared)
+    assert peak.peak < floats / 2  # integers and scales of all, and one matrix at a time
+    assert not {p.data_ptr() for p in converted.parameters()} & weights.keys()
+    now = {p.data_ptr(): p for p in prepared.parameters()}
+    assert all(torch.equal(now[place], weight) for place, weight in weights.items())
+    assert all(p.requires_grad for p in prepared.parameters())
+
+
+def test_a_weight_that_something_else_reads_too_is_copied():
+    prepared = prepare_qat(nn.Sequential(nn.Linear(64, 64)), W4)
+    prepared.reader = nn.ParameterList([prepared[0].weight])
+    converted = convert(prepared)
+    assert torch.equal(converted.reader[0], prepared[0].weight)
+    assert converted.reader[0].data_ptr() != prepared[0].weight.data_ptr()
+    assert prepared[0].weight.requires_grad
+    assert not converted.reader[0].requires_grad
+
+
+def test_whether_matrices_are_kept_is_said_when_converting():
+    prepared = prepare_qat(model(), W4)
+    for cache in (True, False):
+        layers = [m for m in convert(prepared, cache=cache).modules() if hasattr(m, "integers")]
+        assert {layer.cache for layer in layers} == {cache}

@@ -413,6 +413,15 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path):
     assert int(result.stdout) < 1.6 * size
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_loaded_model_keeps_its_matrices_if_asked(saved, cache):
+    loaded = load_quantized(saved, model(), cache=cache)
+    loaded(inputs())
+    matrices = [m._kept is not None for m in loaded.modules() if hasattr(m, "integers")]
+    assert matrices == [cache] * 2
+    assert not load_quantized(saved, model())[0]._kept
+
+
 def test_loading_draws_no_random_numbers_and_leaves_other_threads_their_weights(tmp_path):
     folder = save_quantized(convert(prepare_qat(llama(), W4)), tmp_path)
     torch.manual_seed(3)
