@@ -400,7 +400,7 @@ def test_what_is_kept_follows_what_is_stored(scheme, change, inference):
         x = inputs().to(first.dtype)
         fresh = copy.deepcopy(first)
         assert torch.equal(first(x), fresh(x))
-        assert not torch.equal(first(x), before)
+        assert change == "type" or not torch.equal(first(x), before)
 
 
 def test_what_is_kept_is_no_part_of_the_model():
@@ -424,7 +424,6 @@ def test_nothing_is_kept_while_training_nor_by_compilers_nor_where_memory_is_sho
     assert torch.equal(converted.train()(inputs()), expected)
     assert kept(converted[0]) is None
     torch.export.export(converted.eval(), (inputs(),))
-    torch.jit.trace(converted, inputs())
     assert kept(converted[0]) is None
     monkeypatch.setattr(packed, "_host_memory", lambda: (1000, 2000))
     assert leaves_room(500, torch.device("cpu"))
@@ -492,4 +491,5 @@ def test_dequantizing_takes_little_more_than_its_result(scheme, dtype):
     assert dtype.itemsize * weights <= whole.peak <= (dtype.itemsize + 2) * weights
     with PeakBytes() as forward:
         y = layer(torch.ones(1, 576, dtype=dtype))
-    assert y.nbytes < forward.peak < 1.3 * (4 + dtype.itemsize % 4) * packed._BLOCK
+    # of one block the integers, their products in float32, and these in the type of the model
+    assert y.nbytes < forward.peak < 1.1 * (1 + 4 + dtype.itemsize % 4) * packed._BLOCK
