@@ -26,7 +26,7 @@ from companion.errors import (
 )
 from companion.qat.layers import FakeQuantEmbedding, FakeQuantLinear
 from companion.qat.packed import QuantizedLinear
-from companion.qat.ranges import METHODS
+from companion.qat.ranges import METHODS, Absmax
 from tests.numerics.test_packing import PeakBytes
 
 
@@ -477,6 +477,21 @@ def test_in_place_gives_what_a_copy_gives(scheme, embeddings):
     assert torch.equal(converted(ids), expected(ids))
     if embeddings:
         assert converted.rows.integers is converted.head.integers
+
+
+def test_in_place_each_weight_is_free_before_the_next_is_packed():
+    alive = []
+
+    class Counting(Absmax):
+        def integers(self, matrix):
+            alive.append(sum(weight() is not None for weight in weights))
+            return super().integers(matrix)
+
+    layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    prepared = prepare_qat(layers, W4, Counting, inplace=True)
+    convert(prepared, inplace=True)
+    assert alive[-4:] == [4, 3, 2, 1]
 
 
 def test_one_layer_alone_cannot_become_another_and_is_returned():
