@@ -14,6 +14,9 @@ neurons", 2013 (the straight-through estimator).
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -104,7 +107,7 @@ def choose_scale(
     qmin, qmax = integer_range(bits, signed)
     x = x.detach().float()
     if symmetric:
-        scale = x.abs().amax(-1, keepdim=True) / ((qmax - qmin) / 2)
+        scale = _largest(x) / ((qmax - qmin) / 2)
         scale = scale.clamp(min=_SMALLEST_SCALE).to(scale_dtype)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
@@ -214,6 +217,72 @@ def fake_quantize_between(
 ) -> Tensor:
     """Fake-quantize to any range of integers, such as the 0 to 127 of fast int8 kernels."""
     return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
+
+
+def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to the type that stores them; what would vanish stays its smallest number.
+
+    Examples
+    --------
+    >>> as_stored(torch.tensor([0.1, 1e-9]), torch.float16)
+    tensor([9.9976e-02, 5.9605e-08], dtype=torch.float16)
+    """
+    stored, smallest = scale.to(dtype), torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return stored.masked_fill(stored == 0, smallest)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Return ``x.abs().amax(-1, keepdim=True)``."""
+    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
+        return x.abs().amax(-1, keepdim=True)
+    largest = x.new_empty(*x.shape[:-1], 1)
+    if largest.numel():
+        for part, found in parts_of(x, largest):
+            absolute = torch.abs(part, out=workspace(part.shape, part))
+            torch.amax(absolute, -1, keepdim=True, out=found)
+    return largest
+
+
+def parts_of(groups: Tensor, *others: Tensor | None) -> Iterator[tuple]:
+    """Cut tensors of as many groups, (..., n) or (..., 1), into parts that fit a CPU's caches.
+
+    Examples
+    --------
+    >>> [[tuple(t.shape) for t in part] for part in parts_of(torch.ones(2, 3, 4), torch.ones(2, 3, 1))]
+    [[(6, 4), (6, 1)]]
+    """
+    count, size = groups.shape[:-1].numel(), groups.shape[-1]
+    step = max(1, _PART // size) if groups.device.type == "cpu" else count
+    parts = -(-count // step)
+    flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (groups, *others)]
+    return zip(*([None] * parts if t is None else t.split(step) for t in flat), strict=True)
+
+
+def workspace(shape: torch.Size, like: Tensor, place: int = 0) -> Tensor:
+    """Return memory, in float32, that this thread is done with before it asks for that place again.
+
+    Fresh memory costs a CPU more than all the arithmetic: it comes page by page, and cold.
+
+    Examples
+    --------
+    >>> workspace(torch.Size([2, 3]), torch.ones(1)).shape
+    torch.Size([2, 3])
+    """
+    count = shape.numel()
+    if like.device.type != "cpu" or count > _KEPT:
+        return torch.empty(shape, device=like.device)
+    kept = vars(_here).setdefault("workspaces", {})
+    if place not in kept or kept[place].numel() < count:
+        with torch.inference_mode(False):  # or nothing outside that mode could write to it
+            kept[place] = torch.empty(count)
+    return kept[place][:count].view(shape)
+
+
+_PART = 2**18
+"""Numbers gone through at a time on a CPU: a megabyte, so that a few such tensors fit its caches."""
+_KEPT = 2**24
+"""Workspace that a thread keeps, in numbers: 64 megabytes; larger weights ask for it each time."""
+_here = threading.local()
 
 
 def _round(x: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:

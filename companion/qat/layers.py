@@ -7,9 +7,8 @@ its hooks; conversion replaces it by a module of `companion.qat.packed`. Built i
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from companion.numerics.activations import fake_quantize_activations
+from companion.numerics.activations import fake_quantize_inputs
 from companion.qat.ranges import Absmax
 
 
@@ -27,8 +26,8 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         scheme = self.quantizer.scheme
         if scheme.activations is not None:
-            x = fake_quantize_activations(x, scheme.activations, scheme.group_size)
-        return F.linear(x, self.quantizer(self.matrix), self.bias)
+            x = fake_quantize_inputs(x, scheme.activations, scheme.group_size)
+        return self.quantizer.linear(x, self.matrix, self.bias)
 
     @property
     def matrix(self) -> Tensor:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from companion.errors import SchemeError, WrongStage
-from companion.numerics.affine import choose_scale, fake_quantize, quantize
+from companion.numerics.affine import as_stored, choose_scale, fake_quantize, quantize
+from companion.numerics.rounding import Grid, can_be_fused, round_weight, rounded_linear
 from companion.numerics.scheme import QuantScheme
 
 
@@ -31,6 +33,8 @@ class Absmax(nn.Module):
     >>> quantizer(torch.tensor([[0.2, -1.5, 3.0, 1.0]]))
     tensor([[ 0., -2.,  2.,  0.]])
     """
+
+    gradient_at_ends = True
 
     def __init__(self, scheme: QuantScheme, weight: Tensor | None = None) -> None:
         super().__init__()
@@ -56,12 +60,30 @@ class Absmax(nn.Module):
 
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the fake-quantized weight, of the same shape and dtype."""
-        if self.fingerprint is not None and weight.requires_grad:
-            self.fingerprint = None
+        self._notice_training(weight)
         if not self.enabled:
             return weight
         groups = self.groups(weight)
         return self.fake(groups, self.scale(groups, rows)).view_as(weight)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute ``F.linear(x, self(weight), bias)``, in one pass over the weight where it can."""
+        if not (self.enabled and self._is_as_written() and can_be_fused(x, weight)):
+            return F.linear(x, self(weight), bias)
+        self._notice_training(weight)
+        return rounded_linear(x, weight, self.scale(self.groups(weight)), bias, self.grid)
+
+    def _notice_training(self, weight: Tensor) -> None:
+        if self.fingerprint is not None and weight.requires_grad:
+            self.fingerprint = None
+
+    def _is_as_written(self) -> bool:
+        """Whether nobody changed what `forward` does: a method of one's own, Accelerate, a hook."""
+        return (
+            type(self).fake is Absmax.fake
+            and type(self).forward is Absmax.forward
+            and not ("forward" in vars(self) or self._forward_hooks or self._forward_pre_hooks)
+        )
 
     def check_rows(self, rows: int) -> None:
         """Raise if the matrix had another number of rows when its ranges were found."""
@@ -70,9 +92,14 @@ class Absmax(nn.Module):
         self.fingerprint = None
         super()._load_from_state_dict(*args)
 
+    @property
+    def grid(self) -> Grid:
+        """The integers, and where the straight-through gradient passes."""
+        return Grid(*self.scheme.integers, self.scheme.scale_dtype, self.gradient_at_ends)
+
     def fake(self, groups: Tensor, scale: Tensor) -> Tensor:
         """Round to the grid with a straight-through gradient."""
-        return fake_quantize(groups, scale, bits=self.scheme.weight_bits)
+        return round_weight(groups, scale, self.grid)
 
     @torch.no_grad()
     def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,12 +126,7 @@ class AbsmaxTorchaoGradient(Absmax):
     tensor([[1., 0., 0., 1.]])
     """
 
-    def fake(self, groups: Tensor, scale: Tensor) -> Tensor:
-        qmin, qmax = self.scheme.integers
-        wide = fake_quantize(groups, scale, bits=8)  # rounding alone: no value leaves 8 bits
-        rounded = quantize(groups.detach(), scale, bits=8)
-        inside = (rounded > qmin) & (rounded < qmax)
-        return torch.where(inside, wide, super().fake(groups, scale).detach())
+    gradient_at_ends = False
 
 
 class MSEClipped(Absmax):
@@ -203,46 +225,6 @@ class LearnedStepSize(Absmax):
         state_dict.setdefault(f"{prefix}follows", torch.zeros_like(self.follows))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._some_follow = bool(self.follows.any())
-
-    def fake(self, groups: Tensor, scale: Tensor) -> Tensor:
-        qmin, qmax = self.scheme.integers
-        return _LearnedStep.apply(groups, scale, self.scheme.scale_dtype, qmin, qmax)
-
-
-class _LearnedStep(torch.autograd.Function):
-    """Round to a grid whose scale learns; forward as in `fake_quantize`, bit for bit."""
-
-    @staticmethod
-    def forward(ctx, weight, scale, scale_dtype, qmin, qmax):
-        stored = as_stored(
-            scale, scale_dtype
-        ).float()  # training sees the scale as it will be stored
-        position = weight.float() * (1.0 / stored)
-        rounded = position.round()
-        clipped = rounded.clamp(qmin, qmax)
-        inside = rounded == clipped
-        # Esser et al., eq. 3: round(w/s) - w/s inside the range, the end of the range outside.
-        ctx.save_for_backward(inside, torch.where(inside, clipped - position, clipped))
-        ctx.gradient_scale = (weight.shape[-1] * qmax) ** -0.5  # their section 2.2
-        return clipped.mul_(stored).add_(0.0).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inside, slope = ctx.saved_tensors
-        to_scale = (grad * slope).sum(-1, keepdim=True) * ctx.gradient_scale
-        return grad * inside, to_scale, None, None, None
-
-
-def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round scales to the type that stores them; what would vanish stays its smallest number.
-
-    Examples
-    --------
-    >>> as_stored(torch.tensor([0.1, 1e-9]), torch.float16)
-    tensor([9.9976e-02, 5.9605e-08], dtype=torch.float16)
-    """
-    stored, smallest = scale.to(dtype), torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return stored.masked_fill(stored == 0, smallest)
 
 
 def _of_rows(kept: Tensor, groups: Tensor, rows: Tensor | None) -> Tensor:
