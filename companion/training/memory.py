@@ -13,9 +13,6 @@ import torch
 
 from companion.errors import extra
 
-MASK_BYTES = {"float": 0, "absmax": 4, "mse": 4, "lsq": 5}
-"""What a method keeps for each rounded weight until the backward pass: which ones were clipped
-(absmax, mse: in float32; lsq: in a byte, and in float32 the gradient of the step)."""
 _PAUSE = 0.002
 
 
@@ -27,7 +24,7 @@ class TrainingMemory:
     ----------
     weights, gradients, optimizer : float
     rounding : float
-        Rounded copies of the weights and masks, kept from the forward to the backward pass.
+        Copies of weights kept from the forward to the backward pass because they are rounded.
     segments : int
         Parts that gradient checkpointing computes again, one at a time; 1 without it.
     """
@@ -62,7 +59,6 @@ def training_memory(
     parameters: float,
     rounded: float = 0.0,
     *,
-    method: str = "lsq",
     trained: float | None = None,
     weight_bytes: int = 4,
     segments: int = 1,
@@ -70,8 +66,12 @@ def training_memory(
 ) -> TrainingMemory:
     """Add up what fine-tuning with AdamW takes, under rounding or not.
 
+    Rounding keeps nothing: the backward pass rounds each weight again, in memory that one layer
+    lends the next. Adapters inside the rounding are the exception, since the sum of weight and
+    adapter is a tensor of its own that has to wait.
+
     Not in it: activations, a teacher (its weights once more), the weights that `validate` keeps,
-    and with several processes the block that is lent.
+    the memory in which one layer is rounded, and with several processes the block that is lent.
 
     Parameters
     ----------
@@ -79,8 +79,6 @@ def training_memory(
         Of the model.
     rounded : float
         Of them, those that fake quantization rounds; 0 trains in floating point.
-    method : {"absmax", "mse", "lsq"}
-        As in `prepare_qat`.
     trained : float, optional
         Parameters that receive a gradient; default all. With LoRA, those of the adapters, which
         come in addition.
@@ -88,7 +86,7 @@ def training_memory(
         4 for float32, 2 for a frozen bfloat16 model under LoRA. What is trained takes 4.
     segments : int
         Parts, such as the blocks of a transformer, that gradient checkpointing computes again;
-        one of them at a time then holds rounded copies.
+        one of them at a time then holds such sums.
     processes : int
         That share weights, gradients and optimizer states (FSDP).
 
@@ -100,16 +98,16 @@ def training_memory(
     --------
     >>> in_float, qat = training_memory(1e9), training_memory(1e9, 1e9)
     >>> in_float.peak / 1e9, qat.peak / 1e9  # bytes for each parameter
-    (16.0, 21.0)
-    >>> training_memory(1e9, 1e9, segments=20).peak / 1e9
-    16.25
+    (16.0, 16.0)
+    >>> training_memory(1e9, 1e9, trained=1e7, weight_bytes=2).peak / 1e9  # adapters
+    4.12
+    >>> training_memory(1e9, 1e9, trained=1e7, weight_bytes=2, segments=20).peak / 1e9
+    2.258
     """
-    if method not in MASK_BYTES:
-        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(MASK_BYTES)}")
     adapters = trained is not None
     trained = parameters if trained is None else trained
     weights = parameters * weight_bytes + (4 * trained if adapters else 0)
-    rounding = rounded * (weight_bytes + MASK_BYTES[method])
+    rounding = rounded * weight_bytes if adapters else 0.0
     shared = (part / processes for part in (weights, 4 * trained, 8 * trained))
     return TrainingMemory(*shared, rounding, segments)
 

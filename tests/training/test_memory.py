@@ -35,8 +35,8 @@ def kept_for_backward(model: nn.Module) -> int:
 def test_what_rounding_keeps(method):
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
     kept = kept_for_backward(prepare_qat(model, W4, method)) - kept_for_backward(model)
-    expected = training_memory(WIDTH**2, WIDTH**2, method=method).rounding
-    assert kept == pytest.approx(expected, rel=0.02)  # scales are kept, too
+    assert training_memory(WIDTH**2, WIDTH**2).rounding == 0
+    assert 0 < kept <= 3 * 4 * WIDTH**2 / 32  # scales, and what a learned one is a product of
 
 
 @pytest.fixture(scope="module")
@@ -63,27 +63,30 @@ def train(rounded: bool) -> int:
 
 @pytest.mark.parametrize("rounded", [False, True])
 def test_a_run_takes_what_was_added_up(rounded, process):
-    """Measured 3 to 5 % above: the masks of clipped steps, activations, the sampler's own pages."""
+    """Measured a few percent above: what a layer is rounded in, activations, the sampler's pages."""
     count = DEPTH * WIDTH**2
-    expected = training_memory(count, count * rounded).peak
+    steps = count / 32 * rounded  # learned ones train as well, and each knows its first value
+    expected = training_memory(count + steps, count * rounded).peak + 4 * steps
     assert process(train, rounded) == pytest.approx(expected, rel=0.1)
 
 
 def test_adapters_come_on_top_of_a_frozen_model():
-    memory = training_memory(1000, 1000, trained=10, weight_bytes=2, method="mse")
-    assert memory == TrainingMemory(2040, 40, 80, 6000)
-    assert memory.peak == 2040 + 80 + 6000
+    memory = training_memory(1000, 1000, trained=10, weight_bytes=2)
+    assert memory == TrainingMemory(2040, 40, 80, 2000)
+    assert memory.peak == 2040 + 80 + 2000
     assert memory.at_peak == {
-        "weights": 2040, "moments": 80, "gradients": 0, "rounded copies": 6000
+        "weights": 2040, "moments": 80, "gradients": 0, "rounded copies": 2000
     }  # fmt: skip
 
 
-def test_processes_share_everything_but_rounded_copies():
+def test_processes_share_everything_but_sums_with_adapters():
     one, eight = training_memory(1000, 800), training_memory(1000, 800, processes=8)
     assert (eight.weights, eight.gradients, eight.optimizer) == (500, 500, 1000)
-    assert eight.rounding == one.rounding == 7200
-    checkpointed = training_memory(1000, 800, processes=8, segments=10)
-    assert checkpointed.peak == 500 + 1000 + 0.9 * 500 + 720
+    assert eight.rounding == one.rounding == 0
+    assert (one.peak, eight.peak) == (16000, 2000)
+    adapted = {"trained": 80, "processes": 8}
+    assert training_memory(1000, 800, **adapted).rounding == 3200
+    assert training_memory(1000, 800, segments=10, **adapted).peak == 540 + 80 + 36 + 320
 
 
 def take_and_give_back() -> int:
@@ -98,8 +101,6 @@ def test_the_sampler_sees_what_is_gone_at_the_end(process):
     assert 80e6 < process(take_and_give_back) < 200e6
 
 
-def test_what_is_unknown_is_refused():
-    with pytest.raises(ValueError, match="absmax, mse, lsq"):
-        training_memory(1, 1, method="median")
+def test_memory_of_an_unknown_device_is_refused():
     with pytest.raises(ValueError, match="cannot be measured"):
         PeakMemory("meta")
