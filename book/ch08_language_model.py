@@ -3,16 +3,17 @@
 # # A language model of our own
 #
 # :::{epigraph}
-# Behind the green city the road ran through a field of wheat, and in it stood a scarecrow who was
-# reading the label on a sack. "I was stuffed with instructions," he said, "and know nothing else.
-# But begin a sentence, and I can guess how it goes on." Dorothy began one. He guessed; he
-# hesitated; he guessed again. She did not ask him whether he was clever. She asked between how many
-# words he had hesitated, for that was a thing one could count.
+# Behind the green city the road ran through a field of wheat, and there the Scarecrow stopped to read
+# the label on a sack. "I was stuffed with instructions," he said, "and know nothing else. But begin a
+# sentence, and I can guess how it goes on." Dorothy began one. He guessed; he hesitated; he guessed
+# again. She did not ask him whether he was clever. She asked between how many words he had
+# hesitated, for that was a thing one could count.
 # :::
 #
 # Here the second part begins: language models, whose weights sit almost all in `Linear` layers. To
 # see what few bits do to one, we need one that was trained in earnest, that runs on a laptop, and
-# whose every training text we know. This chapter meets it while it is still in floating point.
+# whose every training text we know. This chapter meets it while it is still in floating point; and
+# at the end a second one, forty times as large, which answers when it is asked.
 #
 # **What you will learn**
 #
@@ -20,6 +21,7 @@
 # - what the model is made of, and how much of it `Linear` layers and the embedding take;
 # - what perplexity is, by hand and with the companion, and how to give every token one turn;
 # - how to fine-tune on little text without fooling yourself;
+# - what a chat model adds, and how to compare two models whose tokens differ;
 # - how the same calls take a model and a text of yours.
 #
 # *Running time: about two minutes on two cores.*
@@ -50,7 +52,7 @@ from companion.course.corpus import language_reference, ngrams
 from companion.course.figures import bars, curves, estimates
 from companion.course.pretrain import train_tokenizer
 from companion.course.sources import load_tokenizer
-from companion.data.text import Trigram, encode, windows
+from companion.data.text import Trigram, encode, start_token, windows
 from companion.evaluation.language import (
     DocumentLosses,
     as_perplexity,
@@ -218,10 +220,18 @@ parts = {
     "self_attn": "attention",
     "mlp": "feed-forward",
 }
-sizes = Counter()
-for name, p in model.named_parameters():
-    labels = [label for key, label in parts.items() if key in name]
-    sizes[labels[0] if labels else "norms"] += p.numel()
+
+
+def sizes_of(model):
+    """Parameters by part."""
+    sizes = Counter()
+    for name, p in model.named_parameters():
+        labels = [label for key, label in parts.items() if key in name]
+        sizes[labels[0] if labels else "norms"] += p.numel()
+    return sizes
+
+
+sizes = sizes_of(model)
 total = sum(sizes.values())
 for label, n in sizes.most_common():
     print(f"{label:13s} {n:9,d}  {n / total:6.1%}")
@@ -266,8 +276,9 @@ glue("ch08-embedding", sizes["embedding"] / total, display=False)
 #
 # At every place the model gives each token of the vocabulary a probability. Training and testing ask
 # the same question: how probable was the token that came? For tokens $t_1, \dots, t_n$ the **loss**
-# is the mean of $-\log p(t_i \mid t_0 \dots t_{i-1})$, in nats, and **perplexity** its exponential
-# {cite}`jelinek1977`:
+# is the mean of $-\log p(t_i \mid t_0 \dots t_{i-1})$, and **perplexity** its exponential
+# {cite}`jelinek1977`. The logarithm is the natural one, and its unit the {term}`nat`: a loss that is
+# one nat higher means a probability 2.7 times lower.
 #
 # $$ \operatorname{ppl} = \exp\Big(-\frac1n \sum_{i=1}^{n} \log p(t_i \mid t_0, \dots, t_{i-1})\Big). $$
 #
@@ -448,9 +459,7 @@ print(f"{steps} steps read it {steps / len(task.train):.1f} times")
 # an eye on the validation split: `fit` measures it every few steps and, at the end, gives back the
 # weights that did best on it. The learning rate is chosen on it too, between two: small models often
 # take 5e-4, and ten times that should be too much, so that we see what too much looks like. Below,
-# the winner alone is measured on the test split. (While writing this page we looked at all of them
-# there, and at a rate in between: a little better on validation, no better on the test split. So
-# take 5e-4 for a good rate, not for the best.)
+# the winner alone is measured on the test split. Two rates find a good one, not the best.
 
 
 # %%
@@ -591,14 +600,117 @@ print("generate writes the same:", same)
 
 # %% [markdown]
 # That is how far 3.4 million parameters get. The grammar holds for a few words, the content for
-# none: it has the sound of documentation and knows nothing. Do not ask it anything. It will serve us
-# as a measuring device, because its perplexity shows small damages, and because a run takes a
-# minute. What we find on it need not hold for models a thousand times larger; where the literature
-# says otherwise, the next chapters say so.
+# none: it has the sound of documentation and knows nothing. Do not ask it anything.
+#
+# ## A larger one, which answers
+#
+# SmolLM2-135M-Instruct {cite}`allal2025` is built like docs-lm, only wider and deeper. Its makers let
+# it read two trillion tokens of the web, of books for learners and of code, and then taught it to
+# answer. On a laptop it still runs.
+
+# %%
+smol = load_pretrained("smollm2").eval()
+smol_tokenizer = load_tokenizer("smollm2")
+
+# %% [markdown]
+# Read that line: these weights come out of an installed package, which carries them in four bits, so
+# that they were rounded once before we saw them. Where this book says SmolLM2 in floating point, it
+# means what that file unpacks to. (With a network,
+# `load_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")` loads the original.)
+
+# %%
+larger = sizes_of(smol)
+print(f"{'':13s} {'docs-lm':>10s} {'SmolLM2':>12s}")
+for label in sizes:
+    print(f"{label:13s} {sizes[label]:10,d} {larger[label]:12,d}")
+print(f"{'all':13s} {total:10,d} {larger.total():12,d}")
+for which, m in {"docs-lm": model, "SmolLM2": smol}.items():
+    c = m.config
+    print(f"{which}: {c.num_hidden_layers} blocks, {c.hidden_size} wide")
+glue("ch08-times", larger.total() / total, display=False)
+glue("ch08-smollm2", larger.total() / 1e6, display=False)
+share = larger["embedding"] / larger.total()
+glue("ch08-smollm2-embedding", share, display=False)
+
+# %% [markdown]
+# {glue:text}`ch08-smollm2:.1f` million parameters, {glue:text}`ch08-times:.0f` times docs-lm; the
+# embedding takes {glue:text}`ch08-smollm2-embedding:.1%`. It has its own tokenizer, whose merges
+# were made on far more text than ours:
+
+# %%
+both = {"docs-lm": tokenizer, "SmolLM2": smol_tokenizer}
+for which, t in both.items():
+    print(f"{which}: {len(t):,} tokens to choose from; the line:")
+    print(textwrap.fill(" ".join(t.tokenize(line)), 76))
+
+# %% [markdown]
+# docs-lm has words of documentation in one piece, for that is all it ever saw. SmolLM2's list is
+# twelve times as long and made for everything.
+#
+# Asking takes a form. A model that chats was trained on conversations written out as one text, with
+# marks for who speaks, and it answers well only when it finds itself in such a text. The tokenizer
+# carries the form, its *chat template*:
+
+# %%
+question = [{"role": "user", "content": "What is the capital of France?"}]
+form = {"add_generation_prompt": True}
+template = smol_tokenizer.apply_chat_template
+print(template(question, tokenize=False, **form))
+
+# %% [markdown]
+# The last line is left open; there it goes on, until it writes the mark that closes its turn.
+
+# %%
+form |= {"return_tensors": "pt", "return_dict": True}
+asked = template(question, **form)
+n = asked["input_ids"].shape[1]
+said = smol.generate(**asked, max_new_tokens=12, do_sample=False)
+answer = smol_tokenizer.decode(said[0, n:], skip_special_tokens=True)
+print("SmolLM2:", answer)
+other = write(model, question[0]["content"], tokens=12)[0, 1:]
+goes_on = tokenizer.decode(other).removeprefix(question[0]["content"])
+print("docs-lm:", goes_on.strip())
+
+# %% [markdown]
+# Which of the two predicts better? Perplexities per token do not compare: who cuts a text into fewer
+# pieces has a harder guess at each. Per *character* they do, since both read the same letters. Four
+# beginnings from the language reference, of 400 characters each:
+
+
+# %%
+def loss_on(documents, model, tokenizer):
+    """Nats per token, nats per character."""
+    rows = windows(
+        encode(documents, tokenizer), start_token(tokenizer), 256
+    )
+    losses = document_losses(model, DataLoader(rows, batch_size=4))
+    return losses.mean, losses.loss.sum() / sum(map(len, documents))
+
+
+short = [document[:400] for document in reference.test[:4]]
+nats = {
+    "docs-lm": loss_on(short, model, tokenizer),
+    "SmolLM2": loss_on(short, smol, smol_tokenizer),
+}
+for which, (token, character) in nats.items():
+    print(
+        f"{which}: perplexity {exp(token):5.1f} a token, "
+        f"{character:.2f} nats a character"
+    )
+
+# %% [markdown]
+# Four beginnings are a glance, not a measurement, and there is a reason to distrust it: the
+# documentation of Python lies open on the web, and what a model has read there it can recite. With
+# docs-lm we know every text; with SmolLM2, as with every large model, we do not.
+#
+# So each of the two has its office. **docs-lm** is the model whose every step can be run in seconds:
+# on it a method is taken apart, trained, and trained again. What it cannot show is what rounding
+# costs a model that has packed much into its weights. That is **SmolLM2**'s part, and [](ch09) puts
+# the two side by side. They do not agree.
 #
 # ## Your model, your text
 #
-# Nothing above is special to `docs-lm`. With a network, a model and a data set of the Hub go
+# Nothing above is special to these two. With a network, a model and a data set of the Hub go
 # through the same calls:
 #
 # ```python
@@ -712,8 +824,15 @@ check("ch08-windows", count)
 #   hand, in PyTorch, in `transformers` and in the companion it is the same number, and windows give
 #   every token exactly one turn. The model is ahead of a trigram, at home and away.
 # - On little text the training loss falls whether or not anything is learned. Validation chooses
-#   the rate and the weights; the test split is looked at once, paired by document.
+#   the rate and the weights; the test split judges what was chosen, paired by document.
+# - SmolLM2 answers, in the form that it was taught, and its weights came out of a 4-bit file. Models
+#   with different tokens are compared by the character. docs-lm is for what must run in seconds.
 # - A folder or a Hub id, a file or a data set: the calls stay the same.
+#
+# :::{epigraph}
+# "And if I asked you what lies behind the hill?" said Dorothy. "Then I would say something," said the
+# Scarecrow, "and it would sound like an answer." "That," said Dorothy, "is why I count."
+# :::
 #
 # ## References
 #
@@ -721,4 +840,5 @@ check("ch08-windows", count)
 # - {cite:t}`jelinek1977`: perplexity.
 # - {cite:t}`kneser1995` and {cite:t}`chen1999`: the baseline by counting, and why it is a good one.
 # - {cite:t}`touvron2023`: the architecture; {cite:t}`press2017`: one matrix for reading and writing.
+# - {cite:t}`allal2025`: SmolLM2, and what it read.
 # - {cite:t}`efron1979`: the bootstrap.

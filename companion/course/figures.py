@@ -46,6 +46,7 @@ def curves(
     ylabel: str,
     x: Sequence[float] | None = None,
     log_y: bool = False,
+    title: str = "",
 ) -> Figure:
     """Draw lines on one pair of axes, such as training losses or errors against bits.
 
@@ -57,6 +58,8 @@ def curves(
     x : sequence of float, optional
         Where the values of all sequences stand instead.
     log_y : bool
+    title : str
+        The finding. With one, the legend stands between it and the plot.
 
     Examples
     --------
@@ -76,7 +79,7 @@ def curves(
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log_y:
         ax.set_yscale("log")
-    return _finish(fig, ax, xlabel, ylabel, legend=len(series) > 1)
+    return _finish(fig, ax, xlabel, ylabel, legend=len(series) > 1, title=title)
 
 
 def bars(values: Mapping[str, float], *, xlabel: str, form: str = "{:.1f}") -> Figure:
@@ -156,6 +159,7 @@ def heatmap(
     xlabel: str,
     ylabel: str,
     form: str = "{:.1f}",
+    title: str = "",
 ) -> Figure:
     """Draw a table as shaded cells, the larger the darker, each with its number in it.
 
@@ -167,23 +171,27 @@ def heatmap(
     xlabel, ylabel : str
     form : str
         How a number is written.
+    title : str
+        The finding.
 
     Examples
     --------
     >>> heatmap(np.eye(2), ["0", "1"], ["q", "k"], xlabel="layer", ylabel="block")
     <Figure size 715x231 with 1 Axes>
     """
-    fig, ax = _axes(height=1.1 + 0.5 * len(rows))
+    many = len(rows) > 12  # low rows on a narrow page: a phone shows it half as large
+    fig, ax = _axes(5.0, 1.2 + 0.22 * len(rows)) if many else _axes(height=1.1 + 0.5 * len(rows))
     values = np.asarray(values)
     ax.imshow(values, cmap="Greys", aspect="auto", vmin=min(0.0, values.min()))
     middle = (min(0.0, values.min()) + values.max()) / 2
     for (row, column), value in np.ndenumerate(values):
         ax.text(column, row, form.format(value), ha="center", va="center",
-                color="white" if value > middle else "black")  # fmt: skip
+                color="white" if value > middle else "black",
+                fontsize=9 if many else None)  # fmt: skip
     ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
+    ax.set_yticks(range(len(rows)), rows, fontsize=9 if many else None)
     ax.grid(visible=False)
-    return _finish(fig, ax, xlabel, ylabel)
+    return _finish(fig, ax, xlabel, ylabel, title=title)
 
 
 def images(batch: np.ndarray, titles: Sequence[str]) -> Figure:
@@ -286,13 +294,77 @@ def _axes(width: float = 6.5, height: float = 3.7) -> tuple[Figure, Axes]:
         return plt.subplots(figsize=(width, height))
 
 
-def _finish(fig: Figure, ax: Axes, xlabel: str, ylabel: str, legend: bool = False) -> Figure:
+def _finish(
+    fig: Figure, ax: Axes, xlabel: str, ylabel: str, legend: bool = False, title: str = ""
+) -> Figure:
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
-    if legend:
+    if title:
+        _title(ax, title, legend)
+    elif legend:
         ax.legend(frameon=False)
     fig.tight_layout()
     plt.close(fig)  # shown by being a cell's value, so that it is not shown twice
+    return fig
+
+
+def _title(ax: Axes, title: str, legend: bool) -> None:
+    """Put the finding above the plot and, where there is one, the legend between the two."""
+    lines = 0
+    if legend:
+        columns = 2
+        lines = -(-len(ax.get_legend_handles_labels()[1]) // columns)
+        ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns,
+                  fontsize=10, columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
+    ax.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=8 + 18 * lines)
+
+
+def damage_by_bits(
+    plots: Mapping[str, Mapping[str, Mapping[int, Estimate]]], *, title: str, ylabel: str
+) -> Figure:
+    """Draw what rounding costs against weight bits, one plot below the other, on one scale.
+
+    The scale is logarithmic above a hundredth and linear below it, where intervals reach zero.
+
+    Parameters
+    ----------
+    plots : mapping of str to mapping of str to mapping of int to Estimate
+        By plot, by line, by bits. A line may lack bits, and a plot may lack lines.
+    title : str
+        The finding.
+    ylabel : str
+
+    Examples
+    --------
+    >>> from companion import Estimate
+    >>> e = Estimate(0.3, 0.2, 0.4, 200)
+    >>> damage_by_bits({"rows": {"nearest": {8: e, 4: e}}}, title="It hurts", ylabel="nats")
+    <Figure size 572x335 with 1 Axes>
+    """
+    names = list(dict.fromkeys(name for lines in plots.values() for name in lines))
+    widths = sorted({b for lines in plots.values() for line in lines.values() for b in line})[::-1]
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(len(plots), 1, figsize=(5.2, 0.55 + 2.5 * len(plots)),
+                                 sharex=True, sharey=True, squeeze=False)  # fmt: skip
+    for ax, (name, lines) in zip(axes[:, 0], plots.items(), strict=True):
+        for label, line in lines.items():
+            index = names.index(label)
+            place = [widths.index(b) + 0.05 * (index - (len(names) - 1) / 2) for b in line]
+            value = np.array([e.value for e in line.values()])
+            ends = np.array([[e.low, e.high] for e in line.values()]).T
+            ax.errorbar(place, value, yerr=np.abs(ends - value), color=COLOURS[index], capsize=3,
+                        marker=MARKERS[index], linestyle=LINES[index], markersize=5,
+                        label=label)  # fmt: skip
+        ax.set_yscale("symlog", linthresh=0.01, linscale=0.6)
+        ax.set_yticks([0, 0.01, 0.1, 1, 10], ["0", "0.01", "0.1", "1", "10"])
+        ax.minorticks_off()
+        ax.set_ylabel(ylabel)
+        ax.text(0.02, 0.96, name, transform=ax.transAxes, va="top", fontweight="bold")
+    axes[-1, 0].set_xticks(range(len(widths)), [str(w) for w in widths])
+    axes[-1, 0].set_xlabel("bits per weight, without its scale")
+    _title(axes[0, 0], title, legend=True)
+    fig.tight_layout()
+    plt.close(fig)
     return fig
 
 
