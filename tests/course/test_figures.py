@@ -21,6 +21,7 @@ E = Estimate(0.9, 0.85, 0.93, 100)
         plots.scatter(np.arange(3), np.arange(3), xlabel="x", ylabel="y"),
         plots.staircase(np.arange(3), np.arange(3), np.ones(3)),
         plots.heatmap(np.eye(2), ["0", "1"], ["q", "k"], xlabel="layer", ylabel="block"),
+        plots.damage_by_bits({"rows": {"a": {8: E, 2: E}, "b": {4: E}}}, title="t", ylabel="y"),
     ],
 )
 def test_figures_are_labelled_and_draw(figure):
@@ -58,3 +59,35 @@ def test_a_heatmap_writes_its_numbers_readably():
     assert texts == {"0.0": "black", "2.0": "white", "1.5": "white", "-0.5": "black"}
     assert [t.get_position() for t in axes.texts][2] == (0, 1)  # second row, first column
     assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "1"]
+
+
+def test_a_titled_figure_has_its_legend_above_the_data():
+    two = {"a": [1.0, 2.0], "b": [2.0, 1.0]}
+    for figure in (
+        plots.curves(two, xlabel="x", ylabel="y", title="The finding"),
+        plots.damage_by_bits({"rows": {"a": {8: E}, "b": {8: E}}}, title="The finding", ylabel="y"),
+    ):
+        axes = figure.axes[0]
+        assert axes.get_title(loc="left") == "The finding"
+        figure.canvas.draw()
+        legend, title = axes.get_legend().get_window_extent(), axes._left_title.get_window_extent()
+        assert axes.get_window_extent().y1 <= legend.y0 < legend.y1 <= title.y0 + 1
+
+
+def test_damage_stands_at_its_bits_and_may_have_gaps():
+    low = Estimate(0.001, -0.001, 0.002, 9)
+    figure = plots.damage_by_bits(
+        {"groups": {"a": {8: low, 2: E}, "b": {4: E}}, "rows": {"b": {8: E}}}, title="t", ylabel="y"
+    )
+    first, second = figure.axes
+    assert [line.get_ydata().tolist() for line in first.lines[::3]] == [[0.001, 0.9], [0.9]]
+    assert [round(x) for x in first.lines[3].get_xdata()] == [1]  # the second of 8, 4, 2
+    assert [t.get_text() for t in second.get_xticklabels()] == ["8", "4", "2"]
+    assert first.lines[3].get_color() == second.lines[0].get_color()
+
+
+def test_a_tall_heatmap_stays_narrow():
+    tall = plots.heatmap(np.eye(30)[:, :7], [str(i) for i in range(30)], list("abcdefg"),
+                         xlabel="x", ylabel="y", title="t")  # fmt: skip
+    assert tall.get_size_inches()[0] < 6
+    assert tall.axes[0].get_title(loc="left") == "t"
