@@ -700,8 +700,8 @@ for which, (token, character) in nats.items():
 
 # %% [markdown]
 # Four beginnings are a glance, not a measurement, and there is a reason to distrust it: the
-# documentation of Python lies open on the web, and what a model has read there it can recite. With
-# docs-lm we know every text; with SmolLM2, as with every large model, we do not.
+# documentation of Python lies open on the web, and what a model has read there it can recite. What
+# docs-lm has read we know line by line; of a model that has read the web, nobody does.
 #
 # So each of the two has its office. **docs-lm** is the model whose every step can be run in seconds:
 # on it a method is taken apart, trained, and trained again. What it cannot show is what rounding

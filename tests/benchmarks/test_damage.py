@@ -68,6 +68,7 @@ def test_every_cell_was_measured_on_the_same_documents_none_of_which_weighs_much
 def test_four_bits_are_nearly_free_for_docs_lm_and_not_for_smollm2():
     assert damage("docs-lm W4 g32 nearest").high < 0.03
     assert damage("map W4 g32 nearest").low > 0.2
+    assert damage("map W3 g32 nearest").low > 1
     for group in ("g32", "row"):
         assert damage(f"map W8 {group} nearest").high < 0.01
 
@@ -141,8 +142,9 @@ def test_chapters_say_where_the_weights_come_from(chapter):
 
 
 def test_prose_names_only_what_the_file_has():
-    """A width of SmolLM2 with a number glued to it has a cell behind it; so do the parts by name."""
+    """Each part that a sentence of chapter 9 leans on."""
     for part in ("map W4 g32 searched", "docs-lm W4 g32 searched", "layers W2 g32", "channels",
+                 *(f"{m} W{b} g32 nearest" for m in ("map", "docs-lm") for b in (4, 3)),
                  *(f"chats {name}" for name in ("float", "W8 g32", "W4 g32", "W3 g32", "W2 g32")),
                  *(f"{m} W8 {g} nearest" for m in ("map", "docs-lm") for g in ("g32", "row"))):  # fmt: skip
         assert part in PARTS, part
