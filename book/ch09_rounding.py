@@ -399,7 +399,8 @@ damage_by_bits(
 )
 
 # %% [markdown]
-# The same numbers, with their 95 % intervals, in nats per token:
+# The same numbers, with their 95 % intervals, in nats per token. A dash stands where the file has no
+# measurement yet; nothing below rests on one.
 
 
 # %% tags=["hide-input"]
