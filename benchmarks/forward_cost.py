@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -185,6 +186,7 @@ what, folder, small = sys.argv[1:]
 model = load_quantized(small)  # what is imported on the way
 if what != "load":
     model = prepare_qat(load_pretrained("smollm2"), W4, "absmax", inplace=True)
+    [p.data.sum() for p in model.parameters()]  # what a file lends is in memory once it is read
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = status("VmRSS")
 model = load_quantized(folder) if what == "load" else convert(model, inplace="place" in what)
@@ -200,7 +202,9 @@ def measure_memory(model: nn.Module, what: str) -> dict:
         save_quantized(converted, big)
         save_quantized(convert(prepare_qat(load_pretrained("docs-lm"), W4, "absmax")), small)
         run = [sys.executable, "-c", IN_A_PROCESS, what, str(big), str(small)]
-        result = subprocess.run(run, check=True, capture_output=True, text=True)
+        # without the holes that glibc keeps between tensors: see companion.training.memory
+        settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        result = subprocess.run(run, check=True, capture_output=True, text=True, env=settings)
     return {
         "what": what,
         "scheme": "W4",
