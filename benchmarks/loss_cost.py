@@ -170,6 +170,7 @@ def main() -> None:
     records = {record["case"]: record for record in kept}
     for part in [args.only] if args.only else PARTS:
         for record in PARTS[part](args.model, args.rounds):
+            record["threads"] = torch.get_num_threads()
             print(record, flush=True)
             records[record["case"]] = record
     print(write_results("loss_cost", [*records.values()], model=args.model, rounds=args.rounds))
