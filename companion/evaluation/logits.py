@@ -208,13 +208,30 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.view(labels.shape)
 
 
+class _Watched(Tensor):
+    """Inputs of an output layer whose product is looked for.
+
+    Layers that compute it in a function of their own do so for plain tensors only.
+    """
+
+
 class _Operands(TorchFunctionMode):
     """Return the operands of a linear layer instead of its product."""
+
+    def __init__(self, differentiate: bool) -> None:
+        super().__init__()
+        self.differentiate = differentiate
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.linear:
             return func(*args, **kwargs or {})
+        if not torch.is_grad_enabled():  # what is multiplied there may be overwritten afterwards
+            raise NeedsLogits("a product inside a function with a gradient of its own")
         inputs, weight, bias = _operands(*args, **kwargs or {})
+        if type(inputs) is _Watched:
+            inputs = inputs.as_subclass(Tensor)
+        if not self.differentiate:
+            inputs, weight, bias = (t if t is None else t.detach() for t in (inputs, weight, bias))
         kind = inputs.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -224,7 +241,7 @@ class _Operands(TorchFunctionMode):
             )
         plain = all(type(t) in (Tensor, nn.Parameter) for t in (inputs, weight))
         # gradients are computed before the loss is scaled up, which float16 does not survive
-        halves = inputs.dtype == torch.float16 and torch.is_grad_enabled()
+        halves = inputs.dtype == torch.float16 and self.differentiate
         if not plain or halves or inputs.dim() < 2 or weight.dim() != 2:
             raise NeedsLogits("another product")
         return LazyLogits(inputs, weight, bias)
@@ -267,9 +284,15 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
 def _without_product(head: nn.Module) -> Iterator[None]:
     forward = head.forward
 
-    def operands(*args, **kwargs):
-        with _Operands():
-            return forward(*args, **kwargs)
+    def operands(inputs, *args, **kwargs):
+        watched = inputs.as_subclass(_Watched) if type(inputs) is Tensor else inputs
+        differentiate = torch.is_grad_enabled()
+        with torch.enable_grad(), _Operands(differentiate):
+            answer = forward(watched, *args, **kwargs)
+        if type(answer) is not _Watched:
+            return answer
+        answer = answer.as_subclass(Tensor)
+        return answer if differentiate else answer.detach()
 
     with _replaced(head, "forward", operands):
         yield

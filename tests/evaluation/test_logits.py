@@ -94,6 +94,34 @@ def watched() -> nn.Module:
     return model
 
 
+class Fused(torch.autograd.Function):
+    """A product with a weight that is overwritten afterwards."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.save_for_backward(inputs, weight)
+        scratch = 2 * weight
+        product = F.linear(inputs, scratch)
+        scratch.zero_()
+        return product
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs, weight = ctx.saved_tensors
+        return 2 * grad @ weight, 2 * grad.flatten(0, -2).t() @ inputs.flatten(0, -2)
+
+
+class FusedLinear(nn.Linear):
+    def forward(self, x):
+        return Fused.apply(x, self.weight)
+
+
+def fused() -> nn.Module:
+    model = make("Llama")
+    model.lm_head.__class__ = FusedLinear
+    return model
+
+
 def compiled_in_place() -> nn.Module:
     model = make("Llama")
     model.compile(backend="eager")
@@ -124,6 +152,7 @@ MODELS = {  # name: how to make it, whether it gives its logits up
     "an adapter around the output layer": (adapted_head, False),
     "a hook on the output layer": (watched, False),
     "writes into its logits": (masking, False),
+    "a product of its own": (fused, False),
     "compiled": (lambda: torch.compile(make("Llama"), backend="eager"), False),
     "compiled in place": (compiled_in_place, False),
 }  # fmt: skip

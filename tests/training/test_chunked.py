@@ -13,7 +13,17 @@ from companion.evaluation import logits as module
 from companion.evaluation.logits import LazyLogits, LazyLoss
 from companion.training.chunked import Imitation, chunked_loss
 from companion.training.losses import default_loss, distillation_loss
-from tests.evaluation.test_logits import BATCH, IDS, LABELS, ROWS, TOKENS, WORDS, Largest, make
+from tests.evaluation.test_logits import (
+    BATCH,
+    IDS,
+    LABELS,
+    ROWS,
+    TOKENS,
+    WORDS,
+    Largest,
+    fused,
+    make,
+)
 
 CLOSE = 2e-5
 """Of the largest gradient: sums of some hundred float32 products, in another order."""
@@ -119,10 +129,12 @@ def test_a_teacher_or_a_student_may_compute_its_logits():
         assert_close(derived(student, lambda m, f=loss_fn: f(m, BATCH)), derived(student, plain))
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Bert", "T5"])
-def test_other_losses_are_left_to_the_model(kind):
-    """Experts add to the loss; the others compute it themselves."""
-    model = make(kind).train()
+@pytest.mark.parametrize(
+    "construct", [partial(make, "Mixtral"), partial(make, "Bert"), partial(make, "T5"), fused]
+)
+def test_other_losses_are_left_to_the_model(construct):
+    """Experts add to the loss, or the loss or the product is the model's own."""
+    model = construct().train()
     torch.manual_seed(0)
     expected = model(**BATCH).loss
     for _ in range(2):
