@@ -482,9 +482,11 @@ print(f"the whole file: {whole:.2f} of float32")
 # share.
 #
 # **Smaller, not faster.** To compute, a converted weight-only layer unpacks its integers and
-# multiplies in floating point, as PyTorch has no kernel for packed two-bit weights on a CPU. What
-# you gain is the size of the file and of the weights in memory. Speed is a matter of the runtime
-# that serves the model.
+# multiplies in floating point, as PyTorch has no kernel for packed two-bit weights on a CPU. In
+# eval mode it keeps the unpacked matrix where memory allows, so that only the first call unpacks;
+# `release_cache(model)` gives that memory back, and `convert(qat, cache=False)` never takes it.
+# What you gain is the size of the file, and without the cache that of the weights in memory. Speed
+# is a matter of the runtime that serves the model.
 #
 # ### Two mistakes after the fact
 #

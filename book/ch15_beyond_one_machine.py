@@ -144,10 +144,10 @@ print("files of two:  ", [path.name for path in (folder / "two").iterdir()])
 # One file, since only the first process writes; likewise only the first shows a bar. The checkpoint is
 # still ours: safetensors and JSON. (Accelerate's own `save_state` writes pickles.)
 #
-# What is not as in one process: ranges of activations that are taken over a whole batch (W8A8) and the
-# statistics of batch norm, which each takes over its own rows; the random numbers of dropout, the same in
-# each; distillation of padded rows, which weigh as if none were. Where a loss compares all rows with each other, as in
-# retrieval, `fit` refuses to share them.
+# Three things differ from one process. A range of activations that is taken over a whole batch (W8A8)
+# and the statistics of batch norm come from each process's own rows. The random numbers of dropout are
+# the same in each. And where a loss compares all rows with each other, as in retrieval, `fit` refuses
+# to share them.
 #
 # ## Half the bytes to compute in
 #
@@ -183,21 +183,22 @@ print("a fiftieth of the rounding, or less:", (error < 0.02).item())
 # | weight | 4 | always |
 # | two moments | 8 | from the first step on |
 # | gradient | 4 | from the backward pass to the step |
-# | rounded copy | 4 | from the forward to the backward pass |
-# | what learned steps keep: the gradient of the scale, and which weights were clipped | 5 | likewise |
 #
-# Fake quantization costs more than it seems: the matrix multiplication needs the *rounded* weight
-# again for its own backward pass, so all rounded copies wait. But they wait *before* the gradients
-# arrive, and are gone when the gradients are all there. The peak is the larger of two moments:
+# And the rounding? The matrix multiplication needs the *rounded* weight again for its own backward
+# pass, and a learned step also needs to know what was clipped and by how much. Fake quantization as
+# it is usually written keeps all of that, for every layer, from the forward pass on: 4 bytes for the
+# rounded copy and 5 for the rest. That is the larger of two moments, since copies wait before the
+# gradients arrive and are gone when the gradients are all there:
 #
 # $$ \text{float: } 4 + 8 + 4 = 16, \qquad
-# \text{learned steps: } 4 + 8 + \max(4,\; 4 + 5) = 21 \text{ bytes.} $$
+# \text{everything kept: } 4 + 8 + \max(4,\; 4 + 5) = 21 \text{ bytes.} $$
+#
+# But what is kept can be had again. Weight and scale are still there when the gradient comes by, and
+# rounding a weight takes far less time than multiplying by it. So the companion keeps nothing: its
+# backward pass rounds each weight a second time, in memory that one layer lends the next.
 
 # %%
-in_float, rounded = (
-    training_memory(1e9),
-    training_memory(1e9, 1e9, method="lsq"),
-)
+in_float, rounded = training_memory(1e9), training_memory(1e9, 1e9)
 print(
     "companion:",
     in_float.peak / 1e9,
@@ -207,12 +208,13 @@ print(
 )
 
 # %% [markdown]
-# **Checkpointing** {cite:p}`chen2016` (of gradients, not of runs) throws away what a block of the
-# network keeps, and computes it again when the backward pass comes by. It is known for saving activations.
-# Under rounding it does more: rounded copies of *one* block at a time.
+# **LoRA** ([](ch11)) trains a small share of the parameters, so gradients and moments all but vanish.
+# One copy comes back: the adapter stands *inside* the rounding, what is rounded is the sum of weight
+# and adapter, and that sum is a tensor of its own, which has to wait for the backward pass.
 #
-# **LoRA** ([](ch11)) trains a small share of the parameters, so gradients and moments all but vanish. The
-# rounded copies don't: the gradient has to pass through every layer.
+# **Checkpointing** {cite:p}`chen2016` (of gradients, not of runs) throws away what a block of the
+# network keeps, and computes it again when the backward pass comes by. It is known for saving
+# activations. With adapters it also saves these sums: those of *one* block wait at a time.
 
 # %% [markdown]
 # ### Measured
@@ -230,7 +232,7 @@ from companion import W4, fit, prepare_qat
 from companion.qat.lora import lora
 from companion.training.memory import PeakMemory
 
-way = sys.argv[1]
+way, *more = sys.argv[1].split(", ")
 config = LlamaConfig(
     hidden_size=576, intermediate_size=1536, num_hidden_layers=12,
     vocab_size=1024, num_attention_heads=9, num_key_value_heads=3,
@@ -245,7 +247,7 @@ with PeakMemory() as peak:
     parameters = model.num_parameters()
     if way != "float":
         model = lora(model, W4) if way == "LoRA" else prepare_qat(model, W4)
-    if way == "checkpointed":
+    if more == ["checkpointed"]:
         model.gradient_checkpointing_enable()
     fit(model, [{"input_ids": ids, "labels": ids}], steps=2, progress=False)
 layers = [m for m in model.modules() if hasattr(m, "quantizer")]
@@ -254,7 +256,7 @@ trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 print(json.dumps([parameters, rounded, trained, peak.bytes]))
 """)
 os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # see below
-ways = ("float", "rounded", "checkpointed", "LoRA")
+ways = ("float", "rounded", "LoRA", "LoRA, checkpointed")
 measured = {way: run(script, way) for way in ways}
 
 # %%
@@ -263,9 +265,8 @@ for way, (parameters, rounded, trained, _) in measured.items():
     reckoned[way] = training_memory(
         parameters,
         rounded,
-        method="mse" if way == "LoRA" else "lsq",
-        trained=trained if way == "LoRA" else None,
-        segments=12 if way == "checkpointed" else 1,
+        trained=trained if "LoRA" in way else None,
+        segments=12 if "checkpointed" in way else 1,
     )
 print(
     {way: f"{memory.peak / 1e6:.0f} MB" for way, memory in reckoned.items()}
@@ -277,7 +278,7 @@ print({way: f"{found[-1] / 1e6:.0f} MB" for way, found in measured.items()})
 # %%
 for way in ways:
     print(
-        f"{way + ':':14}",
+        f"{way + ':':20}",
         "within 10 %:",
         abs(measured[way][-1] / reckoned[way].peak - 1) < 0.1,
     )
@@ -295,15 +296,17 @@ for way in ways:
 cases = {
     "1B, float": training_memory(1e9),
     "1B, rounded": training_memory(1e9, 1e9),
-    "1B, checkpointed": training_memory(1e9, 1e9, segments=16),
     "1B, LoRA, bf16": training_memory(
-        1e9, 1e9, method="mse", trained=1e7, weight_bytes=2, segments=16
+        1e9, 1e9, trained=1e7, weight_bytes=2
+    ),
+    "1B, the same, checkpointed": training_memory(
+        1e9, 1e9, trained=1e7, weight_bytes=2, segments=16
     ),
     "70B, float": training_memory(70e9),
     "70B, rounded": training_memory(70e9, 70e9),
-    "70B, 64 GPUs": training_memory(70e9, 70e9, segments=80, processes=64),
-    "70B, LoRA, bf16": training_memory(
-        70e9, 70e9, method="mse", trained=2e8, weight_bytes=2, segments=80
+    "70B, 64 GPUs": training_memory(70e9, 70e9, processes=64),
+    "70B, LoRA, bf16, checkpointed": training_memory(
+        70e9, 70e9, trained=2e8, weight_bytes=2, segments=80
     ),
 }
 rows = {
@@ -311,7 +314,7 @@ rows = {
         "weights": m.weights,
         "moments": m.optimizer,
         "gradients": m.gradients,
-        "rounded, at once": m.rounding / m.segments,
+        "sums, at once": m.rounding / m.segments,
         "peak": m.peak,
     }
     for name, m in cases.items()
@@ -319,7 +322,7 @@ rows = {
 print("gigabytes, on each device, without activations")
 print((pd.DataFrame(rows).T / 1e9).round(1).to_string())
 
-# %% mystnb={"image": {"alt": "Stacked bars of gigabytes for a model of a billion parameters. In float: weights 4, moments 8, gradients 4. Rounded: weights 4, moments 8, rounded copies 9. Checkpointed: nearly as in float. LoRA on a bfloat16 model: little more than its weights."}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Stacked bars of gigabytes for a model of a billion parameters. In float and rounded alike: weights 4, moments 8, gradients 4. LoRA on a bfloat16 model: weights 2 and as much again for the sums that are rounded; with checkpointing little more than its weights."}} tags=["hide-input"]
 small = {
     name: {part: amount / 1e9 for part, amount in memory.at_peak.items()}
     for name, memory in cases.items()
@@ -331,9 +334,10 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 # A teacher is not in these sums: it adds its own weights, 4 bytes for each parameter or 2 in bfloat16.
 # Nor is what `validate` keeps, the best weights so far.
 #
-# So the road for a small machine: gradient checkpointing first, which makes rounding nearly free in
-# memory and costs about one more forward pass; then LoRA, which takes the moments away. Training all
-# weights of seventy billion is for those with many devices.
+# So rounding asks for no memory of its own. The road for a small machine is that of training in
+# floating point: gradient checkpointing for the activations, which costs about one more forward pass;
+# then LoRA, which takes the moments away. Training all weights of seventy billion is for those with
+# many devices.
 #
 # ## Sharding: FSDP2
 #
@@ -351,10 +355,8 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 # fit(qat, task.train, steps=200)
 # ```
 #
-# `fit` sees the sharded parameters and leaves the averaging to them. Note the last column but one of the
-# table: rounded copies are *not* shared, since every process rounds the block that it was lent. So
-# sharding under rounding needs checkpointing even more. (To the peak comes the block that is lent, with
-# its gradient.) Afterwards gather the weights, convert an unsharded copy, and go on as always:
+# `fit` sees the sharded parameters and leaves the averaging to them; every process rounds the block that
+# it was lent. (To the peak comes that block, with its gradient.) Afterwards gather the weights, convert an unsharded copy, and go on as always:
 #
 # ```python
 # from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -386,7 +388,7 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 #   where it is; `export_onnx` takes it to the CPU.
 # - `PeakMemory("cuda")` reads PyTorch's own count, which is exact.
 # - W8A8 on a GPU computes what training simulated, since the int8 kernel is the CPU's. Weight-only
-#   models dequantize there, too: for speed hand them on to torchao ([](ch16)).
+#   models multiply floats there, too: for speed hand them on to torchao ([](ch16)).
 # - Curves on a CPU and on a GPU differ after some steps, and CUDA's default kernels may add up in another
 #   order each time.
 #
