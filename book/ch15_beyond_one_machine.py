@@ -462,10 +462,10 @@ check("ch15-mean", mean_loss)
 #
 # - The same `fit`, started twice, walked the curve of one process, and wrote one file.
 # - In bfloat16 a rounded weight is rounded again, at four bits by little beside what we train for.
-# - Rounding adds copies that wait for the backward pass: 21 bytes for each parameter at the peak instead
-#   of 16, by arithmetic, and a process that trained agreed within a tenth.
-# - Checkpointing takes the copies away, LoRA the moments, sharding divides the rest. Several GPUs we
-#   have not run.
+# - A backward pass that rounds a second time keeps nothing for it: 16.5 bytes for each parameter at the
+#   peak instead of 16, where keeping everything takes 21, by arithmetic; processes that trained agreed.
+# - LoRA takes gradients and moments away but makes sums wait, checkpointing takes these away, sharding
+#   divides the rest. Several GPUs we have not run.
 #
 # ## References
 #
