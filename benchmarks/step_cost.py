@@ -1,32 +1,87 @@
 """What fake quantization adds to a training step: companion and torchao beside the float step.
 
-    python -m benchmarks.step_cost               (about two minutes; nothing else should run)
+    python -m benchmarks.step_cost                       (half an hour; nothing else should run)
+    python -m benchmarks.step_cost --rows SmolLM2 --schemes W4 --before ../earlier
 
-The three are timed in turns on one Linear layer, forward and backward, and compared as ratios.
-Writes benchmarks/results/step_cost.json.
+The arms of a row are timed in turns, forward and backward, and compared as ratios of medians.
+``--before`` names the folder of an earlier version, whose arms a second process times in the same
+turns. A row that is finished is kept (``--again`` measures it anew). Beside each ratio stands a
+roofline: what reading every rounded weight once more, forward and back, would take at the bandwidth
+that this machine has. Writes benchmarks/results/step_cost.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.provenance import write_results
-from companion import Activations, QuantScheme, load_pretrained, prepare_qat
+from benchmarks.provenance import RESULTS, write_results
+from companion import load_pretrained, prepare_qat
+from companion.numerics.scheme import parse_scheme
+from companion.training.memory import PeakMemory
 
-CASES = {  # name: width, tokens, 8-bit activations per token
-    "int4 weights, d=256, 2048 tokens": (256, 2048, False),
-    "the same with int8 activations": (256, 2048, True),
-    "int4 weights, d=576, 512 tokens": (576, 512, False),
-    "int4 weights, d=1024, 64 tokens": (1024, 64, False),
+ROWS = {  # name: width (None: SmolLM2-135M), tokens
+    "SmolLM2-135M, 128 tokens": (None, 128),
+    "SmolLM2-135M, 512 tokens": (None, 512),
+    "d=256, 2048 tokens": (256, 2048),
+    "d=576, 512 tokens": (576, 512),
+    "d=1024, 64 tokens": (1024, 64),
 }
+SCHEMES = ["W4", "W3", "W2", "W4A8", "W8A8"]
+METHODS = ["absmax", "lsq"]
+WARM_UP = 2
 
 
-def prepare_torchao(model: nn.Module, activations: bool) -> nn.Module:
+class Arms:
+    """The models of one row at one scheme, and a step of each."""
+
+    def __init__(self, row: str, scheme: str) -> None:
+        width, tokens = ROWS[row]
+        torch.manual_seed(0)
+        if width is None:
+            self.inputs = {"input_ids": torch.randint(0, 40_000, (1, tokens))}
+            self.inputs["labels"] = self.inputs["input_ids"]
+            model = load_pretrained("smollm2").train()
+        else:
+            self.inputs = {"input": torch.randn(tokens, width, requires_grad=True)}
+            model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(4)))
+        self.models = {"float": model}
+        for method in METHODS:
+            self.models[method] = prepare_qat(model, parse_scheme(scheme), method)
+        self.weights = sum(
+            m.weight.numel() for m in self.models["absmax"].modules() if hasattr(m, "quantizer")
+        )
+        if scheme != "W8A8":
+            self.models["torchao"] = prepare_torchao(model, scheme)
+
+    def step(self, arm: str) -> float:
+        """Time one forward and backward, in seconds."""
+        model = self.models[arm]
+        model.zero_grad()
+        start = time.perf_counter()
+        out = model(**self.inputs)
+        (out.loss if "labels" in self.inputs else out.square().mean()).backward()
+        return time.perf_counter() - start
+
+    def peak(self, arm: str) -> int:
+        """Bytes that a step takes at most beyond the weights."""
+        self.models[arm].zero_grad()
+        with PeakMemory() as memory:
+            self.step(arm)
+        return memory.bytes
+
+
+def prepare_torchao(model: nn.Module, scheme: str) -> nn.Module:
     """Return torchao's fake-quantized copy at the same format."""
     load_pretrained("docs-lm")  # imports transformers and torchao without their log lines
     from torchao.quantization import (
@@ -37,56 +92,126 @@ def prepare_torchao(model: nn.Module, activations: bool) -> nn.Module:
     from torchao.quantization.granularity import PerGroup
     from torchao.quantization.qat import QATConfig
 
-    if activations:
+    dtype = getattr(torch, f"int{parse_scheme(scheme).weight_bits}")
+    if parse_scheme(scheme).activations:
         base = Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=torch.int4, weight_granularity=PerGroup(32)
+            weight_dtype=dtype, weight_granularity=PerGroup(32)
         )
     else:
-        base = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+        base = IntxWeightOnlyConfig(weight_dtype=dtype, granularity=PerGroup(32))
     model = copy.deepcopy(model)
-    quantize_(model, QATConfig(base, step="prepare"))
+    chosen = {id(m) for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {
+        id(getattr(model, "lm_head", None))  # tied to the embedding; ours leaves it in float, too
+    }
+    quantize_(model, QATConfig(base, step="prepare"), lambda m, _: id(m) in chosen)
     return model
 
 
-def step(model: nn.Module, x: torch.Tensor) -> float:
-    """Time one forward and backward, in seconds."""
-    start = time.perf_counter()
-    model(x).square().mean().backward()
-    return time.perf_counter() - start
+class Served:
+    """The arms of a version of the package, in a process of their own.
+
+    What an allocator gives back to the system, and has to ask for again, differs between processes
+    by more than what is measured: so each version has the same kind of process to itself.
+    """
+
+    def __init__(self, folder: Path, row: str, scheme: str) -> None:
+        command = [sys.executable, __file__, "--serve", row, scheme]
+        environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
+        self.process = subprocess.Popen(command, env=environment, cwd=folder, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+
+    def step(self, arm: str) -> float:
+        """Seconds of one forward and backward."""
+        return self.ask(f"step {arm}")
+
+    def ask(self, question: str) -> float:
+        self.process.stdin.write(f"{question}\n")
+        self.process.stdin.flush()
+        while not (line := self.process.stdout.readline()).startswith("answer "):
+            if not line:
+                raise RuntimeError(f"no answer to {question!r}: the reason stands above")
+        return float(line.split()[1])
+
+    def peak(self, arm: str) -> float:
+        """Megabytes that a step takes at most beyond the weights."""
+        return round(self.ask(f"peak {arm}") / 1e6, 1)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def measure(rounds: int) -> list[dict]:
-    """Time the three in turns, so that a slow moment of the machine hits all of them."""
-    records = []
-    for name, (width, tokens, activations) in CASES.items():
-        torch.manual_seed(0)
-        layers = [nn.Linear(width, width, bias=False) for _ in range(4)]
-        model = nn.Sequential(*layers)
-        scheme = QuantScheme(4, 32, activations=Activations(8, "token") if activations else None)
-        arms = {
-            "float": model,
-            "companion": prepare_qat(model, scheme, "absmax"),
-            "torchao": prepare_torchao(model, activations),
-        }
-        x = torch.randn(tokens, width, requires_grad=True)
-        times: dict[str, list[float]] = {arm: [] for arm in arms}
-        for turn in range(rounds + 5):
-            for arm, m in arms.items():
-                seconds = step(m, x)
-                if turn >= 5:  # the first turns warm up
-                    times[arm].append(seconds)
-        median = {arm: sorted(t)[len(t) // 2] for arm, t in times.items()}
-        ratio = {arm: round(median[arm] / median["float"], 3) for arm in ("companion", "torchao")}
-        records.append({"case": name, **ratio, "float_ms": round(1e3 * median["float"], 3)})
-        print(records[-1])
-    return records
+def serve(row: str, scheme: str) -> None:
+    """Answer on standard output what is asked on standard input: "step absmax", "peak float"."""
+    arms = Arms(row, scheme)
+    for line in sys.stdin:
+        question, arm = line.split()
+        print("answer", arms.weights if question == "weights" else getattr(arms, question)(arm),
+              flush=True)  # fmt: skip
+
+
+def bandwidth() -> float:
+    """Bytes that a second reads from memory, the best of five."""
+    block, times = torch.ones(2**26), []
+    for _ in range(5):
+        start = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - start)
+    return block.nbytes / min(times)
+
+
+def measure(row: str, scheme: str, rounds: int, before: Path | None) -> dict:
+    """Time the arms in turns, so that a slow moment of the machine hits all of them."""
+    folders = {"": Path(__file__).parent.parent} | ({" before": before} if before else {})
+    versions = {name: Served(folder, row, scheme) for name, folder in folders.items()}
+    torchao = ["torchao"] if scheme != "W8A8" else []  # its configs know no activations per tensor
+    times: dict[str, list[float]] = {}
+    for turn in range(rounds + WARM_UP):
+        for arm in ("float", *METHODS, *torchao):
+            for name, version in versions.items():
+                seconds = version.step(arm)
+                if turn >= WARM_UP:
+                    times.setdefault(arm + name, []).append(seconds)
+    median = {arm: statistics.median(t) for arm, t in times.items()}
+    ratio = {
+        arm + name: round(median[arm + name] / median["float" + name], 3)
+        for arm in (*METHODS, *torchao)
+        for name in versions
+    }
+    peak = {a + n: v.peak(a) for a in ("float", *METHODS, *torchao) for n, v in versions.items()}
+    reading = 2 * 4 * versions[""].ask("weights absmax") / bandwidth()
+    for version in versions.values():
+        version.close()
+    return {
+        "row": row, "scheme": scheme, "ratio": ratio,
+        "roofline": round(1 + reading / median["float"], 3),
+        "ms": {arm: round(1e3 * seconds, 2) for arm, seconds in median.items()},
+        "peak MB": peak,
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--rows", nargs="*", default=[""], help="beginnings of names")
+    parser.add_argument("--schemes", nargs="*", default=SCHEMES, choices=SCHEMES)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--before", type=Path, help="folder of an earlier version")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    print(write_results("step_cost", measure(args.rounds), **vars(args)))
+    if args.serve:
+        return serve(*args.serve)
+    path = RESULTS / "step_cost.json"
+    records = json.loads(path.read_text())["records"] if path.exists() else []
+    found = {(r["row"], r["scheme"]): r for r in records if "row" in r}
+    for row in (r for r in ROWS if r.startswith(tuple(args.rows))):
+        for scheme in args.schemes:
+            if args.again or (row, scheme) not in found:
+                found[row, scheme] = measure(row, scheme, args.rounds, args.before)
+                print(found[row, scheme], flush=True)
+                order = [(r, s) for r in ROWS for s in SCHEMES if (r, s) in found]
+                write_results("step_cost", [found[key] for key in order],
+                              rounds=args.rounds, warm_up=WARM_UP)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -246,22 +246,24 @@ def _backward(
         place = value if in_place else None
         if slope is None:
             rounded = torch.mul(weight.float(), inverse, out=place).round_()
+            clipped = rounded
         else:
             position = torch.mul(weight.float(), inverse, out=workspace(weight.shape, weight, 1))
-            rounded = torch.round(position, out=place)
-            clipped = workspace(weight.shape, weight, 2)
-            torch.clamp(rounded, grid.qmin, grid.qmax, out=clipped)
+            rounded = torch.round(position, out=workspace(weight.shape, weight, 2))
+            clipped = torch.clamp(rounded, grid.qmin, grid.qmax, out=place)
             # Esser et al., eq. 3: round(w/s) - w/s inside the range, the end of the range outside
             _keep_between(position, rounded, low, high, position)
-            torch.sub(clipped, position, out=clipped)
+            torch.sub(clipped, position, out=position)
             wide = slope.dtype == torch.float64
-            product = upstream * clipped if wide else clipped.mul_(upstream)
+            product = upstream * position if wide else position.mul_(upstream)
             torch.sum(product, -1, keepdim=True, out=slope)
         _keep_between(upstream, rounded, low, high, through)
         if value is not None:
-            rounded.clamp_(grid.qmin, grid.qmax).mul_(step)
+            if slope is None:
+                clipped.clamp_(grid.qmin, grid.qmax)
+            clipped.mul_(step)
             if not in_place:
-                value.copy_(rounded)
+                value.copy_(clipped)
     return None if to_scale is None else to_scale.mul_(_share(groups, grid))
 
 

@@ -1,12 +1,16 @@
 """Dynamic activations against an independent reference."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from companion import Activations, choose_scale
-from companion.numerics.activations import fake_quantize_activations
+from companion.numerics import activations
+from companion.numerics.activations import fake_quantize_activations, fake_quantize_inputs
 
 seeds = st.integers(0, 2**31)
 bits = st.integers(2, 8)
@@ -146,3 +150,87 @@ def test_bfloat16_inputs_are_rounded_in_float32():
     y = fake_quantize_activations(x, form)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, fake_quantize_activations(x.float(), form).bfloat16())
+
+
+def test_layers_with_one_input_round_it_once_and_never_after_it_changed():
+    form = Activations(8, "token")
+    x = random(7, 4, 32)
+    once = fake_quantize_inputs(x, form)
+    assert fake_quantize_inputs(x, form) is once
+    assert torch.equal(once, fake_quantize_activations(x, form))
+    assert fake_quantize_activations(x, form) is not once  # that one may be written to
+    assert fake_quantize_inputs(x, Activations(4, "token")) is not once
+    assert fake_quantize_inputs(x.clone(), form) is not once
+    fake_quantize_inputs(x, form)
+    for change in (lambda: x.mul_(3), lambda: setattr(x, "data", random(8, 4, 32))):
+        change()
+        assert torch.equal(fake_quantize_inputs(x, form), fake_quantize_activations(x, form))
+    with torch.inference_mode():  # writing leaves no trace there
+        y = random(9, 4, 32)
+        fake_quantize_inputs(y, form)
+        y.mul_(3)
+        assert torch.equal(fake_quantize_inputs(y, form), fake_quantize_activations(y, form))
+
+
+def test_a_shared_rounding_holds_neither_its_input_nor_its_result():
+    form, x = Activations(8, "token"), random(7, 4, 32).requires_grad_() * 1
+    gone = [weakref.ref(x), weakref.ref(fake_quantize_inputs(x, form))]
+    assert gone[1]() is not None
+    del x
+    assert [reference() for reference in gone] == [None, None]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_gradients_through_a_shared_rounding_are_those_of_separate_ones(form):
+    weights = [random(seed, 32, 32) for seed in (1, 2, 3)]
+    found = []
+    for function in (fake_quantize_inputs, fake_quantize_activations):
+        x = random(4, 5, 32).requires_grad_()
+        with torch.no_grad():
+            function(x, form, 8)  # without a graph, so no use afterwards
+        for _ in range(2):  # a second backward pass over the same tensor
+            y = [function(x, form, 8) @ weight for weight in weights]
+            sum(part.square().sum() for part in y).backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+    assert found[0].any()
+
+
+@pytest.mark.parametrize("boundary", ["around both", "around the second"])
+def test_a_shared_rounding_and_gradient_checkpointing(boundary):
+    form, weight, found = Activations(8, "token"), random(1, 32, 32), []
+    for checkpointed in (True, False):
+        x = random(4, 5, 32).requires_grad_()
+
+        def layer(x):
+            return fake_quantize_inputs(x, form) @ weight.sin()
+
+        def both(x):
+            return layer(x) + layer(x).square()
+
+        def run(function, x, checkpointed=checkpointed):
+            return checkpoint(function, x, use_reentrant=False) if checkpointed else function(x)
+
+        y = run(both, x) if boundary == "around both" else layer(x) + run(layer, x).square()
+        fake_quantize_inputs(random(5, 5, 32), form)  # another takes the place
+        y.sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_what_clips_nothing_takes_the_short_way_to_the_same_bits(form, monkeypatch):
+    """Rows with ties at an end among them: -11.5 and 115.5 steps round to 128 of them apart."""
+    x = random(3, 64, 32)
+    ties = torch.linspace(-11.5, 115.5, 32).expand(2, 32)
+    for inputs in (x, torch.cat([x, ties])):
+        short = []
+        for way in (activations._covers, lambda *_: False):
+            monkeypatch.setattr(activations, "_covers", way)
+            leaf = inputs.clone().requires_grad_()
+            y = fake_quantize_activations(leaf, form, 8)
+            y.backward(random(6, *inputs.shape))
+            short += [y.detach(), leaf.grad]
+            monkeypatch.undo()
+        assert torch.equal(short[0], short[2])
+        assert torch.equal(short[1], short[3])
