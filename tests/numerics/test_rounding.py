@@ -1,6 +1,7 @@
 """Weights rounded in one pass, bit for bit against the same written out plainly."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -169,6 +170,18 @@ def test_layers_of_different_sizes_share_the_memory_they_round_in_and_disturb_no
         x.sum().backward()
         results.append([x, *(t.grad for t in leaves)])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_memory_first_asked_for_in_inference_mode_can_be_written_to_afterwards():
+    def first_inference_then_training() -> Tensor:
+        x, weight, scale, bias = material((48, 96), 32, torch.float32, 4)
+        with torch.inference_mode():
+            rounded_linear(x, weight, scale, bias, GRIDS[8])
+        return rounded_linear(x, weight.requires_grad_(), scale, bias, GRIDS[8])
+
+    with ThreadPoolExecutor(1) as fresh:  # each thread has memory of its own
+        result = fresh.submit(first_inference_then_training).result()
+    assert torch.equal(result, first_inference_then_training())
 
 
 def test_nothing_of_the_size_of_a_weight_is_kept_for_the_backward_pass():
