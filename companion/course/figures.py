@@ -338,8 +338,9 @@ def damage_by_bits(
     --------
     >>> from companion import Estimate
     >>> e = Estimate(0.3, 0.2, 0.4, 200)
-    >>> damage_by_bits({"rows": {"nearest": {8: e, 4: e}}}, title="It hurts", ylabel="nats")
-    <Figure size 572x335 with 1 Axes>
+    >>> lines = {"rows": {"nearest": {8: e, 4: e}}}
+    >>> damage_by_bits(lines, title="It hurts", ylabel="nats").axes[0].get_ylabel()
+    'nats'
     """
     names = list(dict.fromkeys(name for lines in plots.values() for name in lines))
     widths = sorted({b for lines in plots.values() for line in lines.values() for b in line})[::-1]
