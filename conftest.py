@@ -1,5 +1,8 @@
 """Shared by the tests and by nbval's kernels."""
 
 import os
+import signal
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for people, not for comparison
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs behind it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # some tests press Ctrl-C
