@@ -169,3 +169,7 @@ def test_a_few_documents_measured_again_lose_what_is_stored(anew, scheme, method
     found = anew._losses(anew.model) if scheme is None else anew._cell(scheme, method)
     stored = PARTS["map float" if scheme is None else f"map W4 g32 {method}"]
     assert np.abs(np.array(found["total"]) - stored["total"][:FEW]).max() < NATS[method]
+
+
+def test_the_text_of_the_file_is_that_of_this_machine():
+    assert read().sha256 == CONTENT["text"]["sha256"]
