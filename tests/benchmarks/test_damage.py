@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.damage import Damage
-from benchmarks.excerpts import SIZE, Texts
+from benchmarks.excerpts import SIZE, Texts, read
 from benchmarks.provenance import RESULTS
 from companion import W4, load_pretrained
 from companion.course.passages import excerpts
