@@ -98,13 +98,16 @@ class Damage:
     def map(self) -> None:
         """The loss on every document for each width, group and method."""
         self.kept("map float", lambda: self._losses(self.model) | {"scheme": "float"})
-        for method, bits, size in itertools.product(METHODS, BITS, SIZES):
-            scheme = QuantScheme(bits, size)
-            if method == "gptq" and bits == 8:
-                continue  # rounding to nearest costs nothing there
-            self.kept(f"map {scheme_name(scheme)} {method}", lambda s=scheme, m=method: self._cell(s, m))  # fmt: skip
+        for method in METHODS[:2]:
+            for bits, size in itertools.product(BITS, SIZES):
+                self._part(QuantScheme(bits, size), method)
         for scheme in (W8A8, W4A8):
-            self.kept(f"map {scheme_name(scheme)} nearest", lambda s=scheme: self._cell(s, "nearest"))  # fmt: skip
+            self._part(scheme, "nearest")
+        for size, bits in itertools.product(SIZES, BITS[1:]):  # at eight, rounding costs nothing
+            self._part(QuantScheme(bits, size), "gptq")
+
+    def _part(self, scheme: QuantScheme, method: str) -> None:
+        self.kept(f"map {scheme_name(scheme)} {method}", lambda: self._cell(scheme, method))
 
     def _cell(self, scheme: QuantScheme, method: str) -> dict:
         if method == "gptq":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from companion.data.text import IGNORED
 from companion.errors import UnreadableBatch, UnsupportedModel
 from companion.evaluation.logits import put_off, token_losses
+from companion.numerics.rounding import hold_weights
 
 BOOKKEEPING = ("labels", "document")
 """What a batch says about itself, and no model is asked with."""
@@ -93,7 +94,8 @@ def run(model: nn.Module, batch: Any) -> Any:
 def outputs(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, Tensor]]:
     """Yield each batch of a loader with the model's logits for it.
 
-    Between two batches every module is in the mode that it was in before.
+    Between two batches every module is in the mode that it was in before. Fake-quantized weights
+    are rounded once for all of them (`hold_weights`), so do not write to a weight's ``.data``.
 
     Parameters
     ----------
@@ -114,8 +116,9 @@ def outputs(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, Tensor]]:
     >>> logits.argmax(-1)
     tensor([0, 1])
     """
+    rounded: dict = {}
     for batch in loader:
-        with evaluating(model):
+        with evaluating(model), hold_weights(rounded):
             logits = _logits(model, run(model, batch))
         yield batch, logits
 
@@ -189,8 +192,9 @@ def losses(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, Tensor, Te
     >>> found, labels
     (tensor([[1.3863, 1.3863, 0.0000]]), tensor([[   1,    1, -100]]))
     """
+    rounded: dict = {}
     for batch in loader:
-        with evaluating(model):
+        with evaluating(model), hold_weights(rounded):
             logits = _logits(model, put_off(model, partial(run, model, batch)))
             labels = labels_of(batch).to(logits.device)
             if labels.dim() == 2 and logits.dim() == 3 and _predicts_the_next(model):

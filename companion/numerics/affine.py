@@ -15,7 +15,7 @@ neurons", 2013 (the straight-through estimator).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -107,13 +107,24 @@ def choose_scale(
     qmin, qmax = integer_range(bits, signed)
     x = x.detach().float()
     if symmetric:
-        scale = _largest(x) / ((qmax - qmin) / 2)
-        scale = scale.clamp(min=_SMALLEST_SCALE).to(scale_dtype)
+        scale = symmetric_scale(x, bits, scale_dtype)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / (qmax - qmin)).clamp(min=_SMALLEST_SCALE).to(scale_dtype)
     zero_point = (qmin - (low / scale.float()).round()).clamp(qmin, qmax)
     return scale, zero_point.to(torch.int32)
+
+
+def symmetric_scale(x: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the scale of `choose_scale` where the grid is symmetric and the zero point 0.
+
+    Examples
+    --------
+    >>> symmetric_scale(torch.tensor([-1.0, 0.5, 3.0]), bits=2)
+    tensor([2.])
+    """
+    largest = _largest(x.detach().float())
+    return (largest / ((2**bits - 1) / 2)).clamp(min=_SMALLEST_SCALE).to(scale_dtype)
 
 
 def quantize(
@@ -227,8 +238,14 @@ def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     >>> as_stored(torch.tensor([0.1, 1e-9]), torch.float16)
     tensor([9.9976e-02, 5.9605e-08], dtype=torch.float16)
     """
-    stored, smallest = scale.to(dtype), torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return stored.masked_fill(stored == 0, smallest)
+    stored = scale.to(dtype)
+    return stored.masked_fill(stored == 0, _SMALLEST[dtype])
+
+
+_SMALLEST = {
+    dtype: torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -243,16 +260,18 @@ def _largest(x: Tensor) -> Tensor:
     return largest
 
 
-def parts_of(groups: Tensor, *others: Tensor | None) -> Iterator[tuple]:
+def parts_of(groups: Tensor, *others: Tensor | None) -> Iterable[tuple]:
     """Cut tensors of as many groups, (..., n) or (..., 1), into parts that fit a CPU's caches.
 
     Examples
     --------
     >>> [[tuple(t.shape) for t in part] for part in parts_of(torch.ones(2, 3, 4), torch.ones(2, 3, 1))]
-    [[(6, 4), (6, 1)]]
+    [[(2, 3, 4), (2, 3, 1)]]
     """
+    if groups.device.type != "cpu" or groups.numel() <= _PART:
+        return ((groups, *others),)
     count, size = groups.shape[:-1].numel(), groups.shape[-1]
-    step = max(1, _PART // size) if groups.device.type == "cpu" else count
+    step = max(1, _PART // size)
     parts = -(-count // step)
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (groups, *others)]
     return zip(*([None] * parts if t is None else t.split(step) for t in flat), strict=True)
@@ -278,8 +297,9 @@ def workspace(shape: torch.Size, like: Tensor, place: int = 0) -> Tensor:
     return kept[place][:count].view(shape)
 
 
-_PART = 2**18
-"""Numbers gone through at a time on a CPU: a megabyte, so that a few such tensors fit its caches."""
+_PART = 2**20
+"""Numbers gone through at a time on a CPU: four megabytes, so that a few such tensors fit its caches.
+Smaller parts lose more at their many beginnings than they win."""
 _KEPT = 2**24
 """Workspace that a thread keeps, in numbers: 64 megabytes; larger weights ask for it each time."""
 _here = threading.local()

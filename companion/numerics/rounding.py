@@ -13,6 +13,10 @@ Esser et al., "Learned step size quantization", ICLR 2020 (the gradient of the s
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -75,7 +79,12 @@ def round_weight(groups: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 
 def rounded_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, grid: Grid
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    grid: Grid,
+    held: Held | None = None,
 ) -> Tensor:
     """Compute ``F.linear(x, rounded weight, bias)``, keeping no rounded weight for the way back.
 
@@ -86,6 +95,8 @@ def rounded_linear(
     scale : Tensor, shape (rows, groups, 1)
     bias : Tensor, shape (rows,), optional
     grid : Grid
+    held : Held, optional
+        Where the rounded weight is kept after all, for the products to come (`hold_weights`).
 
     Examples
     --------
@@ -93,7 +104,72 @@ def rounded_linear(
     >>> rounded_linear(x, weight, torch.ones(2, 1, 1), None, Grid(-2, 1))
     tensor([[-2.,  2.]])
     """
-    return _RoundedLinear.apply(x, weight, scale, bias, grid)
+    return _RoundedLinear.apply(x, weight, scale, bias, grid, held)
+
+
+@dataclass
+class Held:
+    """What was computed of one weight and stays true while nothing that it depends on changes.
+
+    Parameters
+    ----------
+    state : list
+        Where those tensors are, and in which version.
+    scale : Tensor, optional
+    rounded : tuple of Tensor, optional
+        The scale as stored, and the weight on its grid.
+    """
+
+    state: list
+    scale: Tensor | None = None
+    rounded: tuple[Tensor, Tensor] | None = None
+
+
+@contextmanager
+def hold_weights(kept: dict | None = None) -> Iterator[None]:
+    """Say that no weight changes inside: each is then rounded once, however often it is used.
+
+    For several passes between two steps of an optimizer: accumulated gradients, an evaluation.
+    It costs the memory of the rounded weights. A step of an optimizer is noticed, and so is
+    anything else that PyTorch counts as a change; what is written through ``.data`` is not.
+
+    Parameters
+    ----------
+    kept : dict, optional
+        What an earlier block filled, to go on with.
+
+    Examples
+    --------
+    >>> from companion import QuantScheme, prepare_qat
+    >>> model = prepare_qat(nn.Sequential(nn.Linear(32, 8)), QuantScheme(4), "absmax")
+    >>> with hold_weights():
+    ...     same = torch.equal(model(torch.ones(1, 32)), model(torch.ones(1, 32)))
+    >>> same
+    True
+    """
+    before, _here.held = getattr(_here, "held", None), {} if kept is None else kept
+    try:
+        yield
+    finally:
+        _here.held = before
+
+
+def held_of(quantizer: nn.Module, weight: Tensor) -> Held | None:
+    """Return what is kept of the weight of a quantizer, or None where `hold_weights` is not on."""
+    everything: dict[nn.Module, Held] | None = getattr(_here, "held", None)
+    if everything is None:
+        return None
+    tensors = weight, *quantizer.parameters(), *quantizer.buffers()
+    if any(t.is_inference() for t in tensors):
+        return None
+    state = [(t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors]
+    held = everything.get(quantizer)
+    if held is None or held.state != state:
+        held = everything[quantizer] = Held(state)
+    return held
+
+
+_here = threading.local()
 
 
 def can_be_fused(x: Tensor, weight: Tensor) -> bool:
@@ -117,11 +193,11 @@ def _is_ordinary(t: Tensor) -> bool:
 class _RoundWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, groups, scale, grid):
-        ctx.save_for_backward(groups, scale)
-        ctx.grid = grid
         stored = as_stored(scale, grid.scale_dtype).float()
+        ctx.save_for_backward(groups, scale, stored)
+        ctx.grid = grid
         if not _is_ordinary(groups):
-            rounded = (groups.float() * (1.0 / stored)).round().clamp(grid.qmin, grid.qmax)
+            rounded = (groups.float() * stored.reciprocal()).round().clamp(grid.qmin, grid.qmax)
             return (rounded * stored + 0.0).to(groups.dtype)
         rounded = torch.empty_like(groups, memory_format=torch.contiguous_format)
         _forward(groups, stored, grid, rounded)
@@ -129,35 +205,38 @@ class _RoundWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        groups, scale = ctx.saved_tensors
-        stored, learns = (
-            as_stored(scale.detach(), ctx.grid.scale_dtype).float(),
-            ctx.needs_input_grad[1],
-        )
+        groups, scale, stored = ctx.saved_tensors
+        learns = ctx.needs_input_grad[1]
         if torch.is_grad_enabled() or not _is_ordinary(groups):
+            stored = as_stored(scale.detach(), ctx.grid.scale_dtype).float()
             return *_by_formula(grad, groups.detach(), stored, ctx.grid, learns), None
         passed = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        return passed, _backward(groups, stored, ctx.grid, grad, passed, learns), None
+        to_scale = _backward(groups, stored, ctx.grid, grad, passed, learns)
+        return passed, to_scale, None
 
 
 class _RoundedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, scale, bias, grid):
-        ctx.save_for_backward(x, weight, scale)
-        ctx.grid = grid
-        rounded = (
-            workspace(weight.shape, weight)
-            if weight.dtype == torch.float32
-            else torch.empty_like(weight)
-        )
+    def forward(ctx, x, weight, scale, bias, grid, held):
+        if held is not None and held.rounded is not None:
+            ctx.save_for_backward(x, weight, scale, *held.rounded)
+            ctx.grid = grid
+            return F.linear(x, held.rounded[1], bias)
         stored = as_stored(scale, grid.scale_dtype).float()
+        rounded = _space(weight) if held is None else torch.empty_like(weight)
         _forward(_groups(weight, scale), stored, grid, _groups(rounded, scale))
+        if held is not None:
+            held.rounded = stored, rounded
+            ctx.save_for_backward(x, weight, scale, stored, rounded)
+        else:
+            ctx.save_for_backward(x, weight, scale, stored)
+        ctx.grid = grid
         return F.linear(x, rounded, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        x_wants, weight_wants, learns, bias_wants, _ = ctx.needs_input_grad
+        x, weight, scale, stored, *kept = ctx.saved_tensors
+        x_wants, weight_wants, learns, bias_wants, *_ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         to_bias = rows.sum(0) if bias_wants else None
         if torch.is_grad_enabled():  # a gradient of gradients: by operations that have one
@@ -166,29 +245,34 @@ class _RoundedLinear(torch.autograd.Function):
             ]
             rounded = round_weight(_groups(weight, scale), scale, ctx.grid).view_as(weight)
             found = iter(torch.autograd.grad(F.linear(x, rounded), inputs, grad, create_graph=True))
-            return *(next(found) if w else None for w in ctx.needs_input_grad[:3]), to_bias, None
-        groups, to_weight, rounded, to_scale = _groups(weight, scale), None, None, None
+            return (
+                *(next(found) if w else None for w in ctx.needs_input_grad[:3]),
+                to_bias,
+                None,
+                None,
+            )
+        groups, to_weight, to_scale = _groups(weight, scale), None, None
+        rounded = kept[0] if kept else _space(weight) if x_wants else None
         if weight_wants or learns:
             to_weight = rows.t().mm(x.reshape(-1, x.shape[-1]))
-        if x_wants:
-            rounded = (
-                workspace(weight.shape, weight)
-                if weight.dtype == torch.float32
-                else torch.empty_like(weight)
-            )
-        stored = as_stored(scale, ctx.grid.scale_dtype).float()
-        if to_weight is not None:
             passed = _groups(to_weight, scale)
-            values = None if rounded is None else _groups(rounded, scale)
+            values = None if rounded is None or kept else _groups(rounded, scale)
             to_scale = _backward(groups, stored, ctx.grid, passed, passed, learns, values)
-        elif rounded is not None:
+        elif rounded is not None and not kept:
             _forward(groups, stored, ctx.grid, _groups(rounded, scale))
-        to_x = None if rounded is None else rows.mm(rounded).view_as(x)
-        return to_x, to_weight if weight_wants else None, to_scale, to_bias, None
+        to_x = rows.mm(rounded).view_as(x) if x_wants else None
+        return to_x, to_weight if weight_wants else None, to_scale, to_bias, None, None
+
+
+def _space(weight: Tensor) -> Tensor:
+    """Return memory of a weight's shape and dtype that is done with before the next product."""
+    if weight.dtype == torch.float32:
+        return workspace(weight.shape, weight)
+    return torch.empty_like(weight)
 
 
 def _groups(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight.unflatten(-1, (scale.shape[-2], -1))
+    return weight.view(*weight.shape[:-1], scale.shape[-2], -1)
 
 
 def _by_formula(
@@ -210,8 +294,8 @@ def _by_formula(
 def _forward(groups: Tensor, stored: Tensor, grid: Grid, values: Tensor) -> None:
     """Write the rounded weights to `values`, part by part."""
     in_place = values.dtype == torch.float32
-    for weight, inverse, step, value in parts_of(groups, 1.0 / stored, stored, values):
-        rounded = torch.mul(weight.float(), inverse, out=value if in_place else None)
+    for weight, inverted, step, value in parts_of(groups, stored.reciprocal(), stored, values):
+        rounded = torch.mul(weight.float(), inverted, out=value if in_place else None)
         rounded.round_().clamp_(grid.qmin, grid.qmax).mul_(step)
         if not in_place:
             value.copy_(rounded)
@@ -240,15 +324,15 @@ def _backward(
     low, high = grid.between
     to_scale = torch.empty(stored.shape, dtype=torch.promote_types(grad.dtype, stored.dtype),
                            device=stored.device) if learns else None  # fmt: skip
-    tensors = groups, 1.0 / stored, stored, grad, passed, to_scale, values
+    tensors = groups, stored.reciprocal(), stored, grad, passed, to_scale, values
     in_place = values is not None and values.dtype == torch.float32
-    for weight, inverse, step, upstream, through, slope, value in parts_of(*tensors):
+    for weight, inverted, step, upstream, through, slope, value in parts_of(*tensors):
         place = value if in_place else None
         if slope is None:
-            rounded = torch.mul(weight.float(), inverse, out=place).round_()
+            rounded = torch.mul(weight.float(), inverted, out=place).round_()
             clipped = rounded
         else:
-            position = torch.mul(weight.float(), inverse, out=workspace(weight.shape, weight, 1))
+            position = torch.mul(weight.float(), inverted, out=workspace(weight.shape, weight, 1))
             rounded = torch.round(position, out=workspace(weight.shape, weight, 2))
             clipped = torch.clamp(rounded, grid.qmin, grid.qmax, out=place)
             # Esser et al., eq. 3: round(w/s) - w/s inside the range, the end of the range outside

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from companion.errors import SchemeError, WrongStage
-from companion.numerics.affine import as_stored, choose_scale, fake_quantize, quantize
-from companion.numerics.rounding import Grid, can_be_fused, round_weight, rounded_linear
+from companion.numerics.affine import as_stored, fake_quantize, quantize, symmetric_scale
+from companion.numerics.rounding import Grid, can_be_fused, held_of, round_weight, rounded_linear
 from companion.numerics.scheme import QuantScheme
 
 
@@ -49,14 +49,14 @@ class Absmax(nn.Module):
 
     def groups(self, weight: Tensor) -> Tensor:
         """View the last dimension as (groups, group_size)."""
-        return weight.unflatten(-1, (-1, self.scheme.group_size or weight.shape[-1]))
+        return weight.view(*weight.shape[:-1], -1, self.scheme.group_size or weight.shape[-1])
 
     def scale(self, groups: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return one scale per group, shape (..., groups, 1).
 
         `rows` says which rows of the matrix these are, for embeddings; None means all.
         """
-        return choose_scale(groups, self.scheme.weight_bits, scale_dtype=self.scheme.scale_dtype)[0]
+        return symmetric_scale(groups, self.scheme.weight_bits, self.scheme.scale_dtype)
 
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the fake-quantized weight, of the same shape and dtype."""
@@ -71,7 +71,13 @@ class Absmax(nn.Module):
         if not (self.enabled and self._is_as_written() and can_be_fused(x, weight)):
             return F.linear(x, self(weight), bias)
         self._notice_training(weight)
-        return rounded_linear(x, weight, self.scale(self.groups(weight)), bias, self.grid)
+        held = held_of(self, weight)
+        scale = None if held is None else held.scale
+        if scale is None:
+            scale = self.scale(self.groups(weight))
+            if held is not None and not scale.requires_grad:  # a graph serves one way back
+                held.scale = scale
+        return rounded_linear(x, weight, scale, bias, self.grid, held)
 
     def _notice_training(self, weight: Tensor) -> None:
         if self.fingerprint is not None and weight.requires_grad:
@@ -160,7 +166,7 @@ class MSEClipped(Absmax):
 
     def scale(self, groups: Tensor, rows: Tensor | None = None) -> Tensor:
         ratio = _of_rows(self.ratio, groups, rows)
-        absmax = choose_scale(groups, self.scheme.weight_bits)[0]
+        absmax = symmetric_scale(groups, self.scheme.weight_bits)
         return as_stored(absmax * ratio, self.scheme.scale_dtype)
 
 
@@ -194,7 +200,7 @@ class LearnedStepSize(Absmax):
     def start(self, weight: Tensor) -> None:
         groups = self.groups(weight.detach())
         ratio, quiet = best_ratio(groups, self.scheme), _is_quiet(groups)
-        fitted = choose_scale(groups, self.scheme.weight_bits)[0] * ratio
+        fitted = symmetric_scale(groups, self.scheme.weight_bits) * ratio
         self._start(torch.where(quiet, ratio, fitted), quiet)
 
     def start_at(self, scale: Tensor) -> None:
@@ -216,7 +222,7 @@ class LearnedStepSize(Absmax):
         step, first = _of_rows(self.step, groups, rows), _of_rows(self.first, groups, rows)
         if self._some_follow:
             places = self.follows if rows is None else self.follows[rows]
-            absmax, _ = choose_scale(groups[places], self.scheme.weight_bits)
+            absmax = symmetric_scale(groups[places], self.scheme.weight_bits)
             first = first.index_put((places,), (absmax * first[places]).to(first.dtype))
         return step * first
 
@@ -285,7 +291,7 @@ def best_ratio(groups: Tensor, scheme: QuantScheme) -> Tensor:
     tensor([[-0.7500]])
     """
     groups = groups.float()
-    absmax = choose_scale(groups, scheme.weight_bits)[0]
+    absmax = symmetric_scale(groups, scheme.weight_bits)
     best = torch.ones_like(absmax)
     smallest = torch.full_like(absmax, torch.inf)
     # Eight-bit kernels expect positive scales, and one integer of 256 is not worth a sign.

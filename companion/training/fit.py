@@ -6,6 +6,7 @@ Built in chapter 2, used by every chapter after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from companion.errors import CheckpointError, NothingToTrain
+from companion.numerics.rounding import hold_weights
 from companion.training.batches import Stream, count_rows, to_device
 from companion.training.checkpoint import Keeper
 from companion.training.fingerprint import (
@@ -119,7 +121,7 @@ def fit(
         Largest gradient norm; None leaves gradients alone.
     accumulate : int
         Batches of one step, which is that of one batch with all their rows: each counts by its
-        scored tokens.
+        scored tokens. Weights are rounded once for all of them, which keeps a rounded copy.
     at : mapping of int to callable, optional
         Called once just before the step of that number (from 0), for example
         ``{80: wrapper.freeze}``. Repeated on resume, so that the model has the same form.
@@ -228,16 +230,17 @@ def fit(
             optimizer.zero_grad()
             parts = _share(stream.take(accumulate), step, processes, loss_fn, model)
             total = 0.0
-            for place, (part, weight) in enumerate(parts, 1):
-                batch = to_device(part, processes.device)
-                with processes.unsynchronised(place < len(parts)):
-                    loss = loss_of(batch) * weight
-                    value = processes.mean(loss)  # of all processes, so that all of them stop
-                    check_finite("loss", value, step, processes, partial(loss_fn, model, batch))
-                    if not loss.requires_grad:
-                        raise NothingToTrain(_NO_GRADIENT)
-                    processes.backward(loss)
-                total += value
+            with hold_weights() if len(parts) > 1 else nullcontext():
+                for place, (part, weight) in enumerate(parts, 1):
+                    batch = to_device(part, processes.device)
+                    with processes.unsynchronised(place < len(parts)):
+                        loss = loss_of(batch) * weight
+                        value = processes.mean(loss)  # of all processes, so that all of them stop
+                        check_finite("loss", value, step, processes, partial(loss_fn, model, batch))
+                        if not loss.requires_grad:
+                            raise NothingToTrain(_NO_GRADIENT)
+                        processes.backward(loss)
+                    total += value
             if step == start and all(p.grad is None for p in parameters):
                 raise NothingToTrain(_NO_GRADIENT)
             if clip_norm is not None:

@@ -11,9 +11,10 @@ from companion import W4, QuantWrapper, accuracy, convert, perplexity, prepare_q
 from companion.data.task import Task
 from companion.errors import EmptyLoader, UnreadableBatch, UnsupportedModel
 from companion.evaluation.estimates import predict
-from companion.evaluation.forward import device_of, evaluating, outputs, run, scored
+from companion.evaluation.forward import device_of, evaluating, losses, outputs, run, scored
 from companion.evaluation.language import document_losses
 from companion.evaluation.metrics import METRICS
+from companion.numerics import rounding
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
          "num_attention_heads": 2, "vocab_size": 64, "initializer_range": 0.3}  # fmt: skip
@@ -291,3 +292,21 @@ def test_scores_and_labels_stand_place_by_place():
     _, logits, labels = next(scored(llama("ForCausalLM"), [{"input_ids": IDS, "labels": IDS}]))
     assert logits.shape == (6, 8, 64)
     assert torch.equal(labels, IDS[:, 1:])
+
+
+@pytest.mark.parametrize("loop", [outputs, losses])
+def test_weights_are_rounded_once_for_all_batches_until_they_change(loop, monkeypatch):
+    seen, really = [], rounding._forward
+    monkeypatch.setattr(rounding, "_forward", lambda *a: (seen.append(1), really(*a))[1])
+    model = prepare_qat(llama("ForCausalLM", tie_word_embeddings=True), W4, "absmax")
+    layers = sum(hasattr(m, "quantizer") for m in model.modules())
+    batches = pieces(input_ids=IDS, labels=IDS)
+    found = [item[1] for item in loop(model, batches)]
+    assert len(seen) == layers
+    apart = [next(iter(loop(model, [batch])))[1] for batch in batches]
+    assert all(torch.equal(a, b) for a, b in zip(found, apart, strict=True))
+    seen.clear()
+    for _ in loop(model, batches):
+        with torch.no_grad():
+            next(m for m in model.modules() if hasattr(m, "quantizer")).weight.mul_(2)
+    assert len(seen) == layers + 1

@@ -2,14 +2,23 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from companion import QuantScheme, prepare_qat
+from companion.numerics import affine, rounding
 from companion.numerics.affine import as_stored
-from companion.numerics.rounding import Grid, can_be_fused, round_weight, rounded_linear
+from companion.numerics.rounding import (
+    Grid,
+    can_be_fused,
+    hold_weights,
+    round_weight,
+    rounded_linear,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SHAPES = [(48, 96), (300, 1536)]  # one part of the cache, and two
@@ -76,7 +85,10 @@ GRIDS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("size", [32, None], ids=["groups", "rows"])
-def test_value_and_every_gradient_are_those_of_the_plain_reference(grid, dtype, shape, size):
+def test_value_and_every_gradient_are_those_of_the_plain_reference(
+    grid, dtype, shape, size, monkeypatch
+):
+    monkeypatch.setattr(affine, "_PART", 2**18)
     bits = grid.qmax.bit_length() + 1
     inputs = material(shape, size or shape[1], dtype, bits)
     upstream = random(5, 2, 7, shape[0]).to(dtype)
@@ -218,3 +230,74 @@ def test_where_somebody_else_decides_the_operations_stand_by_themselves():
     assert not can_be_fused(x, weight.as_subclass(type("Other", (Tensor,), {})))
     with torch.autocast("cpu", torch.bfloat16):
         assert not can_be_fused(x, weight)
+
+
+@pytest.fixture
+def roundings(monkeypatch) -> list:
+    """The weights that a forward pass rounds, as it comes to them."""
+    seen, really = [], rounding._forward
+    monkeypatch.setattr(rounding, "_forward", lambda *a: (seen.append(a[0].shape), really(*a))[1])
+    return seen
+
+
+def two_layers(method: str) -> nn.Module:
+    torch.manual_seed(0)
+    float_model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8))
+    return prepare_qat(float_model, QuantScheme(3), method)
+
+
+@pytest.mark.parametrize("method", ["absmax", "mse", "lsq"])
+def test_held_weights_are_rounded_once_and_nothing_else_changes(method, roundings):
+    results, counts = [], []
+    for held in (False, True):
+        model = two_layers(method)
+        with hold_weights() if held else nullcontext():
+            for seed in range(3):
+                model(random(seed, 4, 64)).square().mean().backward()
+            with torch.no_grad():
+                y = model(random(3, 4, 64))
+        results.append([y, *(p.grad for p in model.parameters())])
+        counts.append(len(roundings))
+        roundings.clear()
+    assert counts == [8, 2]  # the way back rounds in its own pass
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("method", ["absmax", "lsq"])
+def test_a_changed_weight_is_not_taken_for_the_held_one(method):
+    x = random(0, 4, 64)
+    model = two_layers(method)
+    with hold_weights():
+        before = model(x)
+        with torch.no_grad():
+            model[0].weight.mul_(-1)
+        changed = model(x)
+    assert torch.equal(changed, model(x))
+    assert not torch.equal(changed, before)
+
+
+def test_a_learned_step_that_moves_is_noticed():
+    x = random(0, 4, 64)
+    model = two_layers("lsq")
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+    with hold_weights():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("step" in name)
+        before = model(x)
+        before.square().mean().backward()
+        optimizer.step()
+        after = model(x)
+    assert torch.equal(after, model(x))
+    assert not torch.equal(after, before)
+
+
+def test_what_is_held_ends_with_its_block(roundings):
+    model, x, kept = two_layers("absmax"), random(0, 4, 64), {}
+    for _ in range(2):
+        with hold_weights(kept):
+            model(x)
+    assert len(roundings) == 2
+    with pytest.raises(ZeroDivisionError), hold_weights():
+        raise ZeroDivisionError
+    model(x)
+    assert len(roundings) == 4

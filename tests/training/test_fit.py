@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from companion import fit
+from companion import QuantScheme, fit, prepare_qat
 from companion.errors import EmptyLoader, NonFiniteLoss, NothingToTrain
+from companion.numerics import rounding
 from companion.training.optimizer import SCHEDULES
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -91,6 +93,23 @@ def test_accumulation_equals_the_large_batch(cuts, ignored):
     assert apart.loss == pytest.approx(together.loss, rel=SUMMED_OTHERWISE)
     for a, b in zip(weights(small), weights(large), strict=True):
         assert torch.allclose(a, b, atol=SUMMED_OTHERWISE)
+
+
+@pytest.mark.parametrize("method", ["absmax", "lsq"])
+def test_accumulation_rounds_each_weight_once_a_step(method, monkeypatch):
+    """And learns what it learns when every batch rounds anew."""
+    seen, really = [], rounding._forward
+    monkeypatch.setattr(rounding, "_forward", lambda *a: (seen.append(1), really(*a))[1])
+    results, counts = [], []
+    for hold in (rounding.hold_weights, nullcontext):
+        monkeypatch.setattr("companion.training.fit.hold_weights", hold)
+        rounded = prepare_qat(model(), QuantScheme(3, None), method)
+        history = fit(rounded, loader(), steps=6, accumulate=3, lr=0.01)
+        results.append([torch.tensor(history.loss), *weights(rounded)])
+        counts.append(len(seen))
+        seen.clear()
+    assert counts == [6 * 2, 6 * 2 * 3]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("loss_type", ["ForCausalLM", "ForMaskedLM"])
