@@ -27,15 +27,17 @@ from torch import nn
 
 from benchmarks.provenance import RESULTS, write_results
 from companion import load_pretrained, prepare_qat
+from companion.course.sources import MINILM
 from companion.numerics.scheme import parse_scheme
 from companion.training.memory import PeakMemory
 
-ROWS = {  # name: width (None: SmolLM2-135M), tokens
-    "SmolLM2-135M, 128 tokens": (None, 128),
-    "SmolLM2-135M, 512 tokens": (None, 512),
-    "d=256, 2048 tokens": (256, 2048),
-    "d=576, 512 tokens": (576, 512),
-    "d=1024, 64 tokens": (1024, 64),
+ROWS = {  # name: width of four layers, or a model, and rows of tokens
+    "SmolLM2-135M, 128 tokens": ("smollm2", 1, 128),
+    "SmolLM2-135M, 512 tokens": ("smollm2", 1, 512),
+    "MiniLM, 32 x 40 tokens": (MINILM, 32, 40),
+    "d=256, 2048 tokens": (256, 1, 2048),
+    "d=576, 512 tokens": (576, 1, 512),
+    "d=1024, 64 tokens": (1024, 1, 64),
 }
 SCHEMES = ["W4", "W3", "W2", "W4A8", "W8A8"]
 METHODS = ["absmax", "lsq"]
@@ -46,15 +48,16 @@ class Arms:
     """The models of one row at one scheme, and a step of each."""
 
     def __init__(self, row: str, scheme: str) -> None:
-        width, tokens = ROWS[row]
+        kind, rows, tokens = ROWS[row]
         torch.manual_seed(0)
-        if width is None:
-            self.inputs = {"input_ids": torch.randint(0, 40_000, (1, tokens))}
-            self.inputs["labels"] = self.inputs["input_ids"]
-            model = load_pretrained("smollm2").train()
+        if isinstance(kind, str):
+            self.inputs = {"input_ids": torch.randint(0, 30_000, (rows, tokens))}
+            if kind == "smollm2":
+                self.inputs["labels"] = self.inputs["input_ids"]
+            model = load_pretrained(kind).train()
         else:
-            self.inputs = {"input": torch.randn(tokens, width, requires_grad=True)}
-            model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(4)))
+            self.inputs = {"input": torch.randn(tokens, kind, requires_grad=True)}
+            model = nn.Sequential(*(nn.Linear(kind, kind, bias=False) for _ in range(4)))
         self.models = {"float": model}
         for method in METHODS:
             self.models[method] = prepare_qat(model, parse_scheme(scheme), method)
@@ -70,11 +73,15 @@ class Arms:
         model.zero_grad()
         start = time.perf_counter()
         out = model(**self.inputs)
-        (out.loss if "labels" in self.inputs else out.square().mean()).backward()
+        if "labels" in self.inputs:
+            out.loss.backward()
+        else:
+            getattr(out, "last_hidden_state", out).square().mean().backward()
         return time.perf_counter() - start
 
     def peak(self, arm: str) -> int:
         """Bytes that a step takes at most beyond the weights."""
+        self.step(arm)  # what is made once
         self.models[arm].zero_grad()
         with PeakMemory() as memory:
             self.step(arm)
@@ -110,13 +117,16 @@ def prepare_torchao(model: nn.Module, scheme: str) -> nn.Module:
 class Served:
     """The arms of a version of the package, in a process of their own.
 
-    What an allocator gives back to the system, and has to ask for again, differs between processes
-    by more than what is measured: so each version has the same kind of process to itself.
+    What an allocator gives back to the system, and has to ask for again, differs by more than what
+    is measured. So each version has the same kind of process to itself, which gives nothing back
+    while times are taken, and everything while memory is.
     """
 
-    def __init__(self, folder: Path, row: str, scheme: str) -> None:
+    def __init__(self, folder: Path, row: str, scheme: str, keeps: bool = True) -> None:
         command = [sys.executable, __file__, "--serve", row, scheme]
-        environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
+        of_glibc = {"MALLOC_MMAP_THRESHOLD_": str(2**30 if keeps else 2**16),
+                    "MALLOC_TRIM_THRESHOLD_": str(2**33 if keeps else 2**16)}  # fmt: skip
+        environment = {**os.environ, **of_glibc, "PYTHONPATH": str(folder.resolve())}
         self.process = subprocess.Popen(command, env=environment, cwd=folder, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 
@@ -178,9 +188,13 @@ def measure(row: str, scheme: str, rounds: int, before: Path | None) -> dict:
         for arm in (*METHODS, *torchao)
         for name in versions
     }
-    peak = {a + n: v.peak(a) for a in ("float", *METHODS, *torchao) for n, v in versions.items()}
     reading = 2 * 4 * versions[""].ask("weights absmax") / bandwidth()
     for version in versions.values():
+        version.close()
+    peak = {}
+    for name, folder in folders.items():
+        version = Served(folder, row, scheme, keeps=False)
+        peak |= {arm + name: version.peak(arm) for arm in ("float", *METHODS, *torchao)}
         version.close()
     return {
         "row": row, "scheme": scheme, "ratio": ratio,
