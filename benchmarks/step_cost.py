@@ -7,7 +7,8 @@ The arms of a row are timed in turns, forward and backward, and compared as rati
 ``--before`` names the folder of an earlier version, whose arms a second process times in the same
 turns. A row that is finished is kept (``--again`` measures it anew). Beside each ratio stands a
 roofline: what reading every rounded weight once more, forward and back, would take at the bandwidth
-that this machine has. Writes benchmarks/results/step_cost.json.
+that this machine has; and the bytes that the operations read and write beyond those of the float
+step, from caches or from memory, for each weight. Writes benchmarks/results/step_cost.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.provenance import RESULTS, write_results
 from companion import load_pretrained, prepare_qat
@@ -42,6 +45,8 @@ ROWS = {  # name: width of four layers, or a model, and rows of tokens
 SCHEMES = ["W4", "W3", "W2", "W4A8", "W8A8"]
 METHODS = ["absmax", "lsq"]
 WARM_UP = 2
+MUST = 2 * 4
+"""Bytes that rounding has to read of each weight: once forward, once on the way back."""
 
 
 class Arms:
@@ -79,6 +84,12 @@ class Arms:
             getattr(out, "last_hidden_state", out).square().mean().backward()
         return time.perf_counter() - start
 
+    def moved(self, arm: str) -> int:
+        """Bytes that the operations of a step read and write, wherever they lie."""
+        with Moved() as moved:
+            self.step(arm)
+        return moved.bytes
+
     def peak(self, arm: str) -> int:
         """Bytes that a step takes at most beyond the weights."""
         self.step(arm)  # what is made once
@@ -86,6 +97,21 @@ class Arms:
         with PeakMemory() as memory:
             self.step(arm)
         return memory.bytes
+
+
+class Moved(TorchDispatchMode):
+    """Add up the bytes of what operations take and give; views move nothing."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not func.is_view:
+            given = {k: v for k, v in kwargs.items() if k not in ("out", "grad_input")}
+            tensors = [t for t in tree_leaves((args, given, out)) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return out
 
 
 def prepare_torchao(model: nn.Module, scheme: str) -> nn.Module:
@@ -188,7 +214,8 @@ def measure(row: str, scheme: str, rounds: int, before: Path | None) -> dict:
         for arm in (*METHODS, *torchao)
         for name in versions
     }
-    reading = 2 * 4 * versions[""].ask("weights absmax") / bandwidth()
+    weights = versions[""].ask("weights absmax")
+    moved = {arm: versions[""].ask(f"moved {arm}") for arm in ("float", *METHODS, *torchao)}
     for version in versions.values():
         version.close()
     peak = {}
@@ -197,8 +224,10 @@ def measure(row: str, scheme: str, rounds: int, before: Path | None) -> dict:
         peak |= {arm + name: version.peak(arm) for arm in ("float", *METHODS, *torchao)}
         version.close()
     return {
-        "row": row, "scheme": scheme, "ratio": ratio,
-        "roofline": round(1 + reading / median["float"], 3),
+        "row": row, "scheme": scheme, "rounds": rounds, "ratio": ratio,
+        "roofline": round(1 + MUST * weights / bandwidth() / median["float"], 3),
+        "bytes a weight": {"must": MUST} | {arm: round((moved[arm] - moved["float"]) / weights, 1)
+                                            for arm in (*METHODS, *torchao)},
         "ms": {arm: round(1e3 * seconds, 2) for arm, seconds in median.items()},
         "peak MB": peak,
     }  # fmt: skip

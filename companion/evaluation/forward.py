@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from companion.data.text import IGNORED
 from companion.errors import UnreadableBatch, UnsupportedModel
 from companion.evaluation.logits import put_off, token_losses
-from companion.numerics.rounding import hold_weights
+from companion.numerics.rounding import HeldWeights, hold_weights
 
 BOOKKEEPING = ("labels", "document")
 """What a batch says about itself, and no model is asked with."""
@@ -116,9 +116,9 @@ def outputs(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, Tensor]]:
     >>> logits.argmax(-1)
     tensor([0, 1])
     """
-    rounded: dict = {}
+    held = HeldWeights()
     for batch in loader:
-        with evaluating(model), hold_weights(rounded):
+        with evaluating(model), hold_weights(held):
             logits = _logits(model, run(model, batch))
         yield batch, logits
 
@@ -192,9 +192,9 @@ def losses(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, Tensor, Te
     >>> found, labels
     (tensor([[1.3863, 1.3863, 0.0000]]), tensor([[   1,    1, -100]]))
     """
-    rounded: dict = {}
+    held = HeldWeights()
     for batch in loader:
-        with evaluating(model), hold_weights(rounded):
+        with evaluating(model), hold_weights(held):
             logits = _logits(model, put_off(model, partial(run, model, batch)))
             labels = labels_of(batch).to(logits.device)
             if labels.dim() == 2 and logits.dim() == 3 and _predicts_the_next(model):

@@ -26,7 +26,7 @@ from companion.evaluation.forward import (
     rows_of,
 )
 from companion.evaluation.language import document_losses
-from companion.numerics.rounding import hold_weights
+from companion.numerics.rounding import HeldWeights, hold_weights
 
 SIDES = ("input_ids", "attention_mask", "body_input_ids", "body_attention_mask")
 """What `BiEncoder.embed` reads, of the queries and of the texts."""
@@ -251,10 +251,10 @@ def _recall(model: nn.Module, task) -> Measured:
         return model.embed(ids, mask).cpu()
 
     def read() -> Iterator[tuple[list, Iterable]]:
-        rows, rounded = 0, {}
+        rows, held = 0, HeldWeights()
         for batch in task.test:
             refuse(model, batch, set(batch) - {*SIDES, *BOOKKEEPING})
-            with evaluating(model), hold_weights(rounded):
+            with evaluating(model), hold_weights(held):
                 queries, texts = embed(batch, ""), embed(batch, "body_")
             labels = labels_of(batch).cpu()
             yield rows_of(batch, labels, rows), zip(queries, texts, labels != IGNORED, strict=True)

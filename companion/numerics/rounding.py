@@ -115,27 +115,37 @@ class Held:
     ----------
     state : list
         Where those tensors are, and in which version.
+    may_keep : bool
+        Whether there is room for the rounded weight.
     scale : Tensor, optional
     rounded : tuple of Tensor, optional
         The scale as stored, and the weight on its grid.
     """
 
     state: list
+    may_keep: bool
     scale: Tensor | None = None
     rounded: tuple[Tensor, Tensor] | None = None
 
 
+class HeldWeights(dict):
+    """`Held` by quantizer, rounded weights of up to a gigabyte together."""
+
+    room = 2**30
+
+
 @contextmanager
-def hold_weights(kept: dict | None = None) -> Iterator[None]:
+def hold_weights(held: HeldWeights | None = None) -> Iterator[None]:
     """Say that no weight changes inside: each is then rounded once, however often it is used.
 
     For several passes between two steps of an optimizer: accumulated gradients, an evaluation.
-    It costs the memory of the rounded weights. A step of an optimizer is noticed, and so is
-    anything else that PyTorch counts as a change; what is written through ``.data`` is not.
+    Up to a gigabyte of rounded weights is kept meanwhile; beyond that it is their scales alone.
+    A step of an optimizer is noticed, and so is anything else that PyTorch counts as a change;
+    what is written through ``.data`` is not.
 
     Parameters
     ----------
-    kept : dict, optional
+    held : HeldWeights, optional
         What an earlier block filled, to go on with.
 
     Examples
@@ -147,7 +157,7 @@ def hold_weights(kept: dict | None = None) -> Iterator[None]:
     >>> same
     True
     """
-    before, _here.held = getattr(_here, "held", None), {} if kept is None else kept
+    before, _here.held = getattr(_here, "held", None), HeldWeights() if held is None else held
     try:
         yield
     finally:
@@ -156,7 +166,7 @@ def hold_weights(kept: dict | None = None) -> Iterator[None]:
 
 def held_of(quantizer: nn.Module, weight: Tensor) -> Held | None:
     """Return what is kept of the weight of a quantizer, or None where `hold_weights` is not on."""
-    everything: dict[nn.Module, Held] | None = getattr(_here, "held", None)
+    everything: HeldWeights | None = getattr(_here, "held", None)
     if everything is None:
         return None
     tensors = weight, *quantizer.parameters(), *quantizer.buffers()
@@ -164,8 +174,11 @@ def held_of(quantizer: nn.Module, weight: Tensor) -> Held | None:
         return None
     state = [(t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors]
     held = everything.get(quantizer)
-    if held is None or held.state != state:
-        held = everything[quantizer] = Held(state)
+    if held is None:
+        held = everything[quantizer] = Held(state, weight.nbytes <= everything.room)
+        everything.room -= weight.nbytes * held.may_keep
+    elif held.state != state:
+        held = everything[quantizer] = Held(state, held.may_keep)
     return held
 
 
@@ -223,9 +236,10 @@ class _RoundedLinear(torch.autograd.Function):
             ctx.grid = grid
             return F.linear(x, held.rounded[1], bias)
         stored = as_stored(scale, grid.scale_dtype).float()
-        rounded = _space(weight) if held is None else torch.empty_like(weight)
+        keep = held is not None and held.may_keep
+        rounded = torch.empty_like(weight) if keep else _space(weight)
         _forward(_groups(weight, scale), stored, grid, _groups(rounded, scale))
-        if held is not None:
+        if keep:
             held.rounded = stored, rounded
             ctx.save_for_backward(x, weight, scale, stored, rounded)
         else:

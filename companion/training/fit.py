@@ -121,7 +121,7 @@ def fit(
         Largest gradient norm; None leaves gradients alone.
     accumulate : int
         Batches of one step, which is that of one batch with all their rows: each counts by its
-        scored tokens. Weights are rounded once for all of them, which keeps a rounded copy.
+        scored tokens. Weights are rounded once for all of them (`hold_weights`).
     at : mapping of int to callable, optional
         Called once just before the step of that number (from 0), for example
         ``{80: wrapper.freeze}``. Repeated on resume, so that the model has the same form.

@@ -71,7 +71,8 @@ def training_memory(
     adapter is a tensor of its own that has to wait.
 
     Not in it: activations, a teacher (its weights once more), the weights that `validate` keeps,
-    the memory in which one layer is rounded, and with several processes the block that is lent.
+    the memory in which one layer is rounded, up to a gigabyte of rounded weights while batches are
+    accumulated, and with several processes the block that is lent.
 
     Parameters
     ----------

@@ -14,11 +14,13 @@ from companion.numerics import affine, rounding
 from companion.numerics.affine import as_stored
 from companion.numerics.rounding import (
     Grid,
+    HeldWeights,
     can_be_fused,
     hold_weights,
     round_weight,
     rounded_linear,
 )
+from companion.qat import ranges
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SHAPES = [(48, 96), (300, 1536)]  # one part of the cache, and two
@@ -292,12 +294,23 @@ def test_a_learned_step_that_moves_is_noticed():
 
 
 def test_what_is_held_ends_with_its_block(roundings):
-    model, x, kept = two_layers("absmax"), random(0, 4, 64), {}
+    model, x, held = two_layers("absmax"), random(0, 4, 64), HeldWeights()
     for _ in range(2):
-        with hold_weights(kept):
+        with hold_weights(held):
             model(x)
     assert len(roundings) == 2
     with pytest.raises(ZeroDivisionError), hold_weights():
         raise ZeroDivisionError
     model(x)
     assert len(roundings) == 4
+
+
+def test_what_has_no_room_keeps_its_scale_alone(roundings, monkeypatch):
+    monkeypatch.setattr(HeldWeights, "room", 4 * 64 * 32)  # the first layer fills it
+    model, x = two_layers("absmax"), random(0, 4, 64)
+    scales, really = [], ranges.symmetric_scale
+    monkeypatch.setattr(ranges, "symmetric_scale", lambda *a: (scales.append(1), really(*a))[1])
+    with hold_weights():
+        found = [model(x) for _ in range(3)]
+    assert (len(roundings), len(scales)) == (1 + 3, 2)
+    assert all(torch.equal(y, model(x)) for y in found)
