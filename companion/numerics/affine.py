@@ -238,8 +238,23 @@ def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     >>> as_stored(torch.tensor([0.1, 1e-9]), torch.float16)
     tensor([9.9976e-02, 5.9605e-08], dtype=torch.float16)
     """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _opaque(scale, dtype)
     stored = scale.to(dtype)
     return stored.masked_fill(stored == 0, _SMALLEST[dtype])
+
+
+@torch.library.custom_op(
+    "companion::as_stored", mutates_args=(), schema="(Tensor scale, ScalarType dtype) -> Tensor"
+)
+def _opaque(scale, dtype):
+    """`as_stored` for compilers, which drop a rounding to half precision when they can see it."""
+    return as_stored(scale, dtype)
+
+
+@_opaque.register_fake
+def _(scale, dtype):
+    return torch.empty_like(scale, dtype=dtype)
 
 
 _SMALLEST = {
