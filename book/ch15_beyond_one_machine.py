@@ -294,6 +294,83 @@ for way in ways:
 # small ones alternate, a process comes to hold far more than it needs. If Linux swaps, try that
 # variable first. (Elsewhere it does nothing, and the measurement may lie higher.)
 #
+# ### And the time
+#
+# Rounding twice instead of keeping is paid for in time. How much, a benchmark measured on two cores:
+# forward and backward of SmolLM2-135M, one text of 128 tokens or of 512, weights at four bits in groups
+# of 32, beside the same step in floating point and beside torchao's fake quantization.
+#
+# ```
+# python -m benchmarks.step_cost
+# ```
+
+# %% tags=["hide-input"]
+content = json.loads(
+    (Path("..") / "benchmarks" / "results" / "step_cost.json").read_text()
+)
+steps = {
+    r["row"].split(", ")[1]: r
+    for r in content["records"]
+    if r["row"].startswith("SmolLM2") and r["scheme"] == "W4"
+}
+arms = {"float": "float", "absmax": "absmax", "learned": "lsq"}
+arms["torchao"] = "torchao"
+times = pd.DataFrame(
+    {
+        text: {
+            arm: r["ms"][key] / r["ms"]["float"]
+            for arm, key in arms.items()
+        }
+        for text, r in steps.items()
+    }
+)
+peaks = pd.DataFrame(
+    {
+        text: {arm: r["peak MB"][key] for arm, key in arms.items()}
+        for text, r in steps.items()
+    }
+)
+print("times of the step in floating point")
+print(times.round(2).to_string())
+print("\nMB at the peak, beyond the weights")
+print(peaks.round(0).to_string())
+
+# %%
+print(
+    "memory within 3 % of float: ",
+    bool((peaks.loc["learned"] < 1.03 * peaks.loc["float"]).all()),
+)
+print(
+    "faster than torchao's step: ",
+    bool((times.loc["learned"] < times.loc["torchao"]).all()),
+)
+print(
+    "less costly in longer texts:",
+    bool((times["512 tokens"] < times["128 tokens"])[1:].all()),
+)
+short = steps["128 tokens"]
+moved = short["bytes a weight"]
+print(
+    "bytes a weight that have to be read:",
+    moved["must"],
+    "and that operations read and write:",
+    moved["absmax"],
+)
+roof = short["roofline"] - 1
+print(f"if memory sets the pace: {1 + roof:.2f}")
+print(
+    f"if each of those bytes came from memory: {1 + roof * moved['absmax'] / moved['must']:.2f}"
+)
+
+# %% [markdown]
+# The work of rounding grows with the weights, that of multiplying also with the tokens; so a longer text
+# pays a smaller share. And the last two lines say what is paid for. All that rounding has to do is to
+# read each weight once forward and once on the way back, which would hardly show. But PyTorch does it
+# one operation after the other, scale, multiply, round, clip, multiply, and each reads what the last
+# one wrote. The companion hands them pieces that fit into the processor's cache, which saves some of
+# that traffic; the calls themselves cost some. Nearer to the roof comes whoever fuses the operations
+# into one, as `torch.compile` is free to do where there is a compiler: `prepare_qat` first, then compile.
+#
 # ### At a billion, and at seventy
 
 # %%

@@ -52,6 +52,25 @@ def test_commands_and_figures_are_those_there_are():
     assert f"{share:.3f}" in README
 
 
+def test_the_cost_of_a_step_is_that_of_the_file():
+    results = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())
+    short, long = (
+        next(r for r in results["records"] if (r["row"], r["scheme"]) == (row, "W4"))
+        for row in ("SmolLM2-135M, 128 tokens", "SmolLM2-135M, 512 tokens")
+    )
+    flat = " ".join(README.split())
+    absmax, learned, torchao = (
+        tuple(f"{r['ratio'][arm]:.2f}" for r in (short, long))
+        for arm in ("absmax", "lsq", "torchao")
+    )
+    assert f"takes {absmax[0]} times" in flat
+    assert f"{absmax[1]} times for 512" in flat
+    assert f"learned ranges: {' and '.join(learned)}; torchao: {' and '.join(torchao)}" in flat
+    peak = {arm: round(short["peak MB"][arm]) for arm in ("float", "absmax", "torchao")}
+    assert f"{peak['absmax']} MB beyond the weights" in flat
+    assert f"takes {peak['float']} and torchao {peak['torchao']}" in flat
+
+
 def test_named_files_exist_and_chapters_are_listed():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         if "://" not in link:
