@@ -30,7 +30,7 @@ from companion import QuantScheme, load_pretrained, load_task, prepare_qat
 from companion.course.sources import load_tokenizer
 from companion.evaluation.language import document_losses
 from companion.files import cache_folder, write_atomically
-from companion.numerics.scheme import W4A8, W8A8
+from companion.numerics.scheme import W2, W4A8, W8A8
 from companion.ptq.gptq import gptq
 from companion.qat.ranges import make_quantizer
 from companion.study.tables import scheme_name
@@ -128,9 +128,8 @@ class Damage:
                 "weight": losses.tokens.tolist()}  # fmt: skip
 
     def layers(self) -> None:
-        """The loss that each layer adds when it alone is rounded, to two bits and to three."""
-        for bits in (2, 3):
-            self.kept(f"layers W{bits} g32", lambda b=bits: self._layers(QuantScheme(b)))
+        """The loss that each layer adds when it alone is rounded to two bits."""
+        self.kept("layers W2 g32", lambda: self._layers(W2))
 
     @torch.no_grad()
     def _layers(self, scheme: QuantScheme) -> dict:

@@ -391,7 +391,7 @@ plots = {
     for group, title in GROUPS.items()
 }
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Damage of rounding in nats per token, on a logarithmic axis, against 8, 4, 3 and 2 bits; groups of 32 above, one scale per row below. docs-lm's line lies far below those of SmolLM2 from four bits on. At 8 bits all are near zero. At 4 bits SmolLM2 loses about a third of a nat in groups of 32 and docs-lm about a hundredth. Of SmolLM2's lines, the searched range lies below the nearest."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Damage of rounding in nats per token, on a logarithmic axis, against 8, 4, 3 and 2 bits; groups of 32 above, one scale per row below. docs-lm's line lies far below those of SmolLM2 from four bits on. At 8 bits all are near zero. At 4 bits SmolLM2 loses about a third of a nat in groups of 32 and docs-lm about a hundredth. Of SmolLM2's lines, the searched range lies below the nearest in groups of 32; with one scale per row it lies above it at four and three bits. GPTQ lies lowest."}}
 damage_by_bits(
     plots,
     title="Four bits: nearly free for docs-lm,\nnot for SmolLM2",
@@ -478,6 +478,58 @@ print("documents behind each interval:", w4.n, "and", w4_docs.n)
 # zero on so many documents. A better placed grid takes back {glue:text}`ch09-search:.0%` of the damage
 # at four bits without any training; on docs-lm that search had almost nothing to find.
 #
+# **A search can do harm.** Go down the table to the rows. With one scale for a whole row, the range
+# that the search chose loses *more* than the largest weight does, at four bits and at three. The search
+# counts squared errors of weights and nothing else. GPTQ also asks what each weight is multiplied by,
+# and lets the weights still to come make up for the error of those before. And at two bits there is a
+# point below which numbers stop meaning anything: a model that finds all tokens equally likely.
+
+
+# %%
+def less(one, other):
+    """How much less damage one cell of the map has than another."""
+    return loss_difference(measured(f"map {other}"), measured(f"map {one}"))
+
+
+for bits in (4, 3):
+    nearest, searched, by_gptq = (
+        f"W{bits} row {how}" for how in ("nearest", "searched", "gptq")
+    )
+    print(f"W{bits} row, searched worse:", less(nearest, searched).low > 0)
+    print(f"W{bits} row, GPTQ better:   ", less(by_gptq, nearest).low > 0)
+    groups = less(f"W{bits} g32 gptq", f"W{bits} g32 searched")
+    print(f"W{bits} g32, GPTQ better than the search:", groups.low > 0)
+smol_tokenizer = load_tokenizer("smollm2")
+clueless = float(np.log(len(smol_tokenizer)) - whole.mean)
+print(f"all tokens equally likely: a damage of {clueless:.2f} nats")
+two = [lost["SmolLM2", 2, g, "nearest"] for g in GROUPS]
+print("two bits, nearest, lose more:", all(e.low > clueless for e in two))
+
+# %% [markdown]
+# Two bits, rounded to nearest, do not leave a bad model but one that is sure of the wrong words: it
+# would do better to say that it has no idea.
+#
+# **Inputs are half of it.** So far weights were rounded and inputs were not. The integer kernels of
+# PyTorch's CPU want both (W8A8, one range for all inputs of a layer); others round the inputs of each
+# token for themselves (W4A8).
+
+
+# %%
+w8a8, w4a8 = (
+    loss_difference(measured(f"map {part} nearest"), whole)
+    for part in ("W8A8 row", "W4A8 g32")
+)
+glue("ch09-w8a8", w8a8.value, display=False)
+print(f"W8A8:     {w8a8.value:.2f} [{w8a8.low:.2f}, {w8a8.high:.2f}] nats")
+print("W8A8 above W4 g32 with float inputs:", w8a8.low > w4.high)
+more = less("W4 g32 nearest", "W4A8 g32 nearest")
+print(f"W4A8 - W4: {more.value:.3f} [{more.low:.3f}, {more.high:.3f}] nats")
+
+# %% [markdown]
+# Eight bits that cost next to nothing in the weights cost {glue:text}`ch09-w8a8:.1f` nats once the
+# inputs share them. Why, the loudest channels below will show: one of them stretches the range of all
+# the others. So "eight bits are free" is a sentence about weights.
+#
 # So this is what docs-lm says and SmolLM2 does not: *four bits are nearly free, and it hardly matters
 # how their scale is chosen*. Where a later chapter compares methods on docs-lm, look at how they work;
 # what is at stake has to be measured on the model that you mean to use.
@@ -490,7 +542,6 @@ print("documents behind each interval:", w4.n, "and", w4_docs.n)
 
 # %%
 smol = load_pretrained("smollm2").eval()
-smol_tokenizer = load_tokenizer("smollm2")
 documents = [e.tokens for e in excerpts(smol_tokenizer)["test"][:4]]
 rows = cut(documents, start_token(smol_tokenizer), 256)
 four = DataLoader(rows, batch_size=4)

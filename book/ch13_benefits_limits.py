@@ -233,8 +233,9 @@ print(
 )
 
 # %% [markdown]
-# **Verdict.** At eight bits round to nearest, and stop. A report of a large share recovered at eight
-# bits divides noise by noise.
+# **Verdict.** Weights of eight bits: round to nearest, and stop. A report of a large share recovered
+# there divides noise by noise. (Inputs of eight bits are another matter. docs-lm hardly feels them;
+# SmolLM2, whose loudest channels stretch the range of all others, loses more than a nat, see [](ch09).)
 #
 # ### 2 · Too few steps
 #

@@ -75,7 +75,7 @@ class Absmax(nn.Module):
         scale = None if held is None else held.scale
         if scale is None:
             scale = self.scale(self.groups(weight))
-            if held is not None and not scale.requires_grad:  # a graph serves one way back
+            if held is not None and type(self).scale in _WITHOUT_GRADIENT:
                 held.scale = scale
         return rounded_linear(x, weight, scale, bias, self.grid, held)
 
@@ -168,6 +168,10 @@ class MSEClipped(Absmax):
         ratio = _of_rows(self.ratio, groups, rows)
         absmax = symmetric_scale(groups, self.scheme.weight_bits)
         return as_stored(absmax * ratio, self.scheme.scale_dtype)
+
+
+_WITHOUT_GRADIENT = Absmax.scale, MSEClipped.scale
+"""Scales that may be kept while weights do not change: the graph of any other serves one way back."""
 
 
 class LearnedStepSize(Absmax):
