@@ -509,26 +509,25 @@ print("two bits, nearest, lose more:", all(e.low > clueless for e in two))
 # Two bits, rounded to nearest, do not leave a bad model but one that is sure of the wrong words: it
 # would do better to say that it has no idea.
 #
-# **Inputs are half of it.** So far weights were rounded and inputs were not. The integer kernels of
-# PyTorch's CPU want both (W8A8, one range for all inputs of a layer); others round the inputs of each
-# token for themselves (W4A8).
+# **Who shares a range?** So far weights were rounded and inputs were not. The integer kernels of
+# PyTorch's CPU want both in eight bits, with one range for all inputs of a layer (W8A8). Others give
+# each token a range of its own (W4A8).
 
 
 # %%
-w8a8, w4a8 = (
-    loss_difference(measured(f"map {part} nearest"), whole)
-    for part in ("W8A8 row", "W4A8 g32")
-)
-glue("ch09-w8a8", w8a8.value, display=False)
+w8a8 = loss_difference(measured("map W8A8 row nearest"), whole)
+more = less("W4 g32 nearest", "W4A8 g32 nearest")
+glue("ch09-smollm2-w8a8", w8a8.value, display=False)
+glue("ch09-w4a8-more", more.value, display=False)
 print(f"W8A8:     {w8a8.value:.2f} [{w8a8.low:.2f}, {w8a8.high:.2f}] nats")
 print("W8A8 above W4 g32 with float inputs:", w8a8.low > w4.high)
-more = less("W4 g32 nearest", "W4A8 g32 nearest")
 print(f"W4A8 - W4: {more.value:.3f} [{more.low:.3f}, {more.high:.3f}] nats")
 
 # %% [markdown]
-# Eight bits that cost next to nothing in the weights cost {glue:text}`ch09-w8a8:.1f` nats once the
-# inputs share them. Why, the loudest channels below will show: one of them stretches the range of all
-# the others. So "eight bits are free" is a sentence about weights.
+# Eight bits, which cost next to nothing in the weights, cost {glue:text}`ch09-smollm2-w8a8:.1f` nats once all
+# inputs of a layer share one range. With a range for each token the same eight bits add
+# {glue:text}`ch09-w4a8-more:.2f` to what four bits cost in the weights. Why, the loudest channels below
+# will show: they belong to a single token. So "eight bits are free" is a sentence about weights.
 #
 # So this is what docs-lm says and SmolLM2 does not: *four bits are nearly free, and it hardly matters
 # how their scale is chosen*. Where a later chapter compares methods on docs-lm, look at how they work;
