@@ -494,7 +494,7 @@ bars_with_limits(
 #
 # A word on fairness: llama.cpp comes as a ready-made package, built for processors that know AVX2 and no
 # more; ONNX Runtime picks its kernels on the machine that it meets, and this one multiplies bytes in a
-# single instruction. Where a processor cannot, the two lie closer together.
+# single instruction. Where a processor cannot, the comparison is another one: run it there.
 #
 # A prompt is another matter. Its tokens share each reading of the weights, so arithmetic is what counts.
 
@@ -592,8 +592,8 @@ print(twins.to_string(float_format="{:.1e}".format))
 # %% [markdown]
 # The logits of W8A8 are furthest apart. It has one range for all inputs at once, and where two engines
 # compute an input that differs in its last digit, one of them rounds it up and the other down. The loss
-# doesn't mind: its interval contains zero. That of two bits at level 4 does not: a thousandth of a nat,
-# little, but no tie.
+# moves by a thousandth of a nat, here downwards, and that of two bits at level 4 by as much upwards:
+# little, though the intervals keep off zero. Everything else is a tie.
 #
 # ## It talks
 #
