@@ -457,12 +457,8 @@ decode["lost"] = [
     t["loss_difference"][0] if t else 0.0 for t in decode["text"]
 ]
 print("one token, after a prompt of 64 (x: times as fast as that float32)")
-print(
-    decode[list(columns)]
-    .rename(columns=columns)
-    .round(2)
-    .to_string(index_names=False)
-)
+shown = decode[list(columns)].rename(columns=columns)
+print((shown.round(2) + 0.0).to_string(index_names=False))  # no -0.00
 
 # %% mystnb={"image": {"alt": "Horizontal bars on a logarithmic axis: milliseconds for one token, for twenty-one ways to serve the model, each with a mark for the time that reading the weights once would take. ONNX Runtime in float32 is close to its mark. Its four and two bits at level 4 are the shortest bars, several times as long as their marks; llama.cpp follows with about twice their time. Eight and two bits at level 0, and torchao, are longer than float32."}} tags=["hide-input"]
 bars_with_limits(
@@ -528,7 +524,7 @@ print(prefill.loc[decode.index].round(2).to_string(index_names=False))
 
 # %%
 def nats(model):
-    """What a row lost to rounding, with its interval over the places of one text."""
+    """What a row lost to rounding, with its interval."""
     return decode["text"][model]["loss_difference"]
 
 

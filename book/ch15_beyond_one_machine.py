@@ -358,9 +358,8 @@ print(
 )
 roof = short["roofline"] - 1
 print(f"if memory sets the pace: {1 + roof:.2f}")
-print(
-    f"if each of those bytes came from memory: {1 + roof * moved['absmax'] / moved['must']:.2f}"
-)
+every = roof * moved["absmax"] / moved["must"]
+print(f"if each of those bytes came from memory: {1 + every:.2f}")
 
 # %% [markdown]
 # The work of rounding grows with the weights, that of multiplying also with the tokens; so a longer text
