@@ -367,8 +367,9 @@ print(f"if each of those bytes came from memory: {1 + every:.2f}")
 # read each weight once forward and once on the way back, which would hardly show. But PyTorch does it
 # one operation after the other, scale, multiply, round, clip, multiply, and each reads what the last
 # one wrote. The companion hands them pieces that fit into the processor's cache, which saves some of
-# that traffic; the calls themselves cost some. Nearer to the roof comes whoever fuses the operations
-# into one, as `torch.compile` is free to do where there is a compiler: `prepare_qat` first, then compile.
+# that traffic; the calls themselves cost some. Nearer to the roof would come whoever fuses the
+# operations into one. `torch.compile` can, where there is a compiler: `prepare_qat` first, then compile,
+# and then measure, for it does not gain everywhere.
 #
 # ### At a billion, and at seventy
 

@@ -73,6 +73,20 @@ def test_four_bits_are_nearly_free_for_docs_lm_and_not_for_smollm2():
         assert damage(f"map W8 {group} nearest").high < 0.01
 
 
+def test_a_searched_range_helps_groups_and_harms_rows_of_smollm2():
+    for bits in (4, 3):
+        nearest, searched = (losses(f"map W{bits} g32 {how}") for how in ("nearest", "searched"))
+        assert loss_difference(nearest, searched).low > 0
+        nearest, searched = (losses(f"map W{bits} row {how}") for how in ("nearest", "searched"))
+        assert loss_difference(searched, nearest).low > 0
+
+
+def test_inputs_in_one_range_cost_more_than_four_bits_in_the_weights():
+    assert damage("map W8A8 row nearest").low > damage("map W4 g32 nearest").high
+    four, inputs = (losses(f"map {part} nearest") for part in ("W4 g32", "W4A8 g32"))
+    assert 0 < loss_difference(inputs, four).high < 0.1
+
+
 @pytest.mark.parametrize("group", ["g32", "row"])
 @pytest.mark.parametrize("method", ["nearest", "searched", "gptq"])
 @pytest.mark.parametrize("prefix", ["map", "docs-lm"])
@@ -144,6 +158,10 @@ def test_chapters_say_where_the_weights_come_from(chapter):
 def test_prose_names_only_what_the_file_has():
     """Each part that a sentence of chapter 9 leans on."""
     for part in ("map W4 g32 searched", "docs-lm W4 g32 searched", "layers W2 g32", "channels",
+                 "map W8A8 row nearest", "map W4A8 g32 nearest",
+                 *(f"map W{b} row {how}" for b in (4, 3) for how in ("nearest", "searched")),
+                 *(f"map W{b} g32 gptq" for b in (4, 3)),
+                 *(f"map W2 {g} nearest" for g in ("g32", "row")),
                  *(f"{m} W{b} g32 nearest" for m in ("map", "docs-lm") for b in (4, 3)),
                  *(f"chats {name}" for name in ("float", "W8 g32", "W4 g32", "W3 g32", "W2 g32")),
                  *(f"{m} W8 {g} nearest" for m in ("map", "docs-lm") for g in ("g32", "row"))):  # fmt: skip
