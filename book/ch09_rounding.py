@@ -480,9 +480,12 @@ print("documents behind each interval:", w4.n, "and", w4_docs.n)
 #
 # **A search can do harm.** Go down the table to the rows. With one scale for a whole row, the range
 # that the search chose loses *more* than the largest weight does, at four bits and at three. The search
-# counts squared errors of weights and nothing else. GPTQ also asks what each weight is multiplied by,
-# and lets the weights still to come make up for the error of those before. And at two bits there is a
-# point below which numbers stop meaning anything: a model that finds all tokens equally likely.
+# counts squared errors of weights and nothing else. {term}`GPTQ` ([](ch11)) also asks what each weight is
+# multiplied by, on 65,536 tokens of other text, and lets the weights still to come make up for the
+# errors of those before: in groups of 32 it takes back {glue:text}`ch09-gptq:.0%` of the damage at four
+# bits and {glue:text}`ch09-gptq-w3:.0%` at three, without a training step. That is the bar for everything
+# in this course that calls itself training. And at two bits there is a point below which numbers stop
+# meaning anything: a model that finds all tokens equally likely.
 
 
 # %%
@@ -496,6 +499,12 @@ for bits in (4, 3):
     print(f"W{bits} row, the search does harm:", less(*row).low > 0)
     group = [f"W{bits} g32 {how}" for how in ("gptq", "searched")]
     print(f"W{bits} g32, GPTQ loses less:     ", less(*group).low > 0)
+for bits in (4, 3):
+    nearest = lost["SmolLM2", bits, "g32", "nearest"].value
+    back = less(f"W{bits} g32 gptq", f"W{bits} g32 nearest").value / nearest
+    print(f"W{bits} g32, GPTQ takes back: {back:.0%}")
+    key = "ch09-gptq" if bits == 4 else "ch09-gptq-w3"
+    glue(key, back, display=False)
 smol_tokenizer = load_tokenizer("smollm2")
 clueless = float(np.log(len(smol_tokenizer)) - whole.mean)
 print(f"all tokens equally likely: a damage of {clueless:.2f} nats")
