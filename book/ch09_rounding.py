@@ -516,8 +516,8 @@ print("two bits, nearest, lose more:", all(e.low > clueless for e in two))
 # would do better to say that it has no idea.
 #
 # **Who shares a range?** So far weights were rounded and inputs were not. The integer kernels of
-# PyTorch's CPU want both in eight bits, with one range for all inputs of a layer (W8A8). Others give
-# each token a range of its own (W4A8).
+# PyTorch's CPU want both in eight bits, with one range for all inputs of a layer (W8A8; of those eight
+# the kernel leaves seven to the inputs, see [](ch14)). Others give each token a range of its own (W4A8).
 
 
 # %%
@@ -531,7 +531,7 @@ print(f"W4A8 - W4: {more.value:.3f} [{more.low:.3f}, {more.high:.3f}] nats")
 
 # %% [markdown]
 # Eight bits, which cost next to nothing in the weights, cost {glue:text}`ch09-smollm2-w8a8:.1f` nats once all
-# inputs of a layer share one range. With a range for each token the same eight bits add
+# inputs of a layer share one range. With a range for each token, eight bits of inputs add
 # {glue:text}`ch09-w4a8-more:.2f` to what four bits cost in the weights. Why, the loudest channels below
 # will show: they belong to a single token. So "eight bits are free" is a sentence about weights.
 #
