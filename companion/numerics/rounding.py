@@ -165,9 +165,12 @@ def hold_weights(held: HeldWeights | None = None) -> Iterator[None]:
 
 
 def held_of(quantizer: nn.Module, weight: Tensor) -> Held | None:
-    """Return what is kept of the weight of a quantizer, or None where `hold_weights` is not on."""
+    """Return what is kept of the weight of a quantizer, or None where `hold_weights` is not on.
+
+    Nothing is kept of a weight that is computed anew each time: it has no versions to go by.
+    """
     everything: HeldWeights | None = getattr(_here, "held", None)
-    if everything is None:
+    if everything is None or not isinstance(weight, nn.Parameter):
         return None
     tensors = weight, *quantizer.parameters(), *quantizer.buffers()
     if any(t.is_inference() for t in tensors):

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -291,6 +292,20 @@ def test_a_learned_step_that_moves_is_noticed():
         after = model(x)
     assert torch.equal(after, model(x))
     assert not torch.equal(after, before)
+
+
+def test_a_weight_that_is_computed_each_time_is_never_held():
+    """A transposed one, as GPT-2's: memory that is used again looks like the tensor before."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(transformers.pytorch_utils.Conv1D(8, 64)), random(0, 4, 64)
+    model = prepare_qat(model, QuantScheme(3), "absmax")
+    held = HeldWeights()
+    for _ in range(20):
+        with hold_weights(held), torch.no_grad():
+            found = model(x)
+        assert torch.equal(found, model(x))
+        with torch.no_grad():
+            model[0].weight.mul_(-1)
 
 
 def test_what_is_held_ends_with_its_block(roundings):
