@@ -50,6 +50,7 @@ class Tour:
         page.on("pageerror", lambda e: self.note("errors", str(e)))
         page.on("request", lambda r: self.requests.append(r.url))
         for self.path in site.pages:
+            page.goto("about:blank")  # what the page before is still loading is not this one's
             self.requests.clear()
             settle(page, self.path)
             self.weigh()
