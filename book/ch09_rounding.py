@@ -391,7 +391,7 @@ plots = {
     for group, title in GROUPS.items()
 }
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Damage of rounding in nats per token, on a logarithmic axis, against 8, 4, 3 and 2 bits; groups of 32 above, one scale per row below. docs-lm's line lies far below those of SmolLM2 from four bits on. At 8 bits all are near zero. At 4 bits SmolLM2 loses about a third of a nat in groups of 32 and docs-lm about a hundredth. Of SmolLM2's lines, the searched range lies below the nearest in groups of 32; with one scale per row it lies above it at four and three bits. GPTQ lies lowest."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Damage of rounding in nats per token, on a logarithmic axis, against 8, 4, 3 and 2 bits; groups of 32 above, one scale per row below. docs-lm's line lies far below those of SmolLM2 from four bits on. At 8 bits all are near zero. At 4 bits SmolLM2 loses about a third of a nat in groups of 32 and docs-lm about a hundredth. Of SmolLM2's lines, the searched range lies below the nearest in groups of 32; with one scale per row it lies above it at four and three bits. GPTQ lies lowest in groups of 32, and at four bits per row a little above the nearest."}}
 damage_by_bits(
     plots,
     title="Four bits: nearly free for docs-lm,\nnot for SmolLM2",
@@ -484,7 +484,8 @@ print("documents behind each interval:", w4.n, "and", w4_docs.n)
 # multiplied by, on 65,536 tokens of other text, and lets the weights still to come make up for the
 # errors of those before: in groups of 32 it takes back {glue:text}`ch09-gptq:.0%` of the damage at four
 # bits and {glue:text}`ch09-gptq-w3:.0%` at three, without a training step. That is the bar for everything
-# in this course that calls itself training. And at two bits there is a point below which numbers stop
+# in this course that calls itself training. (In whole rows of four bits even GPTQ lost more than rounding
+# to nearest did, as the table has it: a coarse grid cannot be talked out of everything.) And at two bits there is a point below which numbers stop
 # meaning anything: a model that finds all tokens equally likely.
 
 
