@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.arms import CALIBRATION, exact, machine
 from benchmarks.excerpts import SIZE, Texts, read
 from benchmarks.provenance import restore, write_results
-from benchmarks.smollm2 import CALIBRATION, exact, machine
 from companion import QuantScheme, load_pretrained, load_task, prepare_qat
 from companion.course.sources import load_tokenizer
 from companion.evaluation.language import document_losses

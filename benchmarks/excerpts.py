@@ -1,6 +1,7 @@
-"""The text that SmolLM2 is trained and measured on, as tokens in one file.
+"""The text that the studies train and measure on, as tokens in one file.
 
-    python -m benchmarks.excerpts FILE           (a minute)
+    python -m benchmarks.excerpts FILE                    (a minute)
+    python -m benchmarks.excerpts FILE --model docs-lm
 
 Docstrings of installed packages, split by source file (companion.course.corpus). The file lets
 a machine without these packages, such as one with a GPU, read exactly the same.
@@ -28,7 +29,9 @@ from companion.files import cache_folder
 SIZE = 256
 """Tokens in a row."""
 TOKENS = {0: 2_600_000, 1: 900_000, 2: 900_000, 100: 900_000}
-"""How much of each draw the file holds; draw 0 also serves the longest runs."""
+"""How much of each draw the file of SmolLM2 holds; draw 0 also serves the longest runs."""
+FEW = dict.fromkeys(TOKENS, 300_000)
+"""The same for another model."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ class Texts:
         return [[t for t in row if t >= 0] for row in self.held_out[part].tolist()]
 
 
-def write(path: Path) -> None:
+def write(path: Path, model: str = "smollm2") -> None:
     """Encode the corpus of this machine."""
-    tokenizer, tensors, packages = load_tokenizer("smollm2"), {}, {}
+    tokenizer, tensors, packages = load_tokenizer(model), {}, {}
     start = start_token(tokenizer)
-    for draw, tokens in TOKENS.items():
+    for draw, tokens in (TOKENS if model == "smollm2" else FEW).items():
         stream = [t for doc in reading(tokenizer, tokens, draw) for t in (start, *doc)]
         rows = torch.tensor(stream[: len(stream) // SIZE * SIZE]).view(-1, SIZE)
         tensors[f"train.{draw}"] = rows.to(torch.uint16)
@@ -83,12 +86,12 @@ def write(path: Path) -> None:
     save_file(tensors, path, packages | {"versions": json.dumps(docstrings().versions)})
 
 
-def read(path: Path | None = None) -> Texts:
+def read(path: Path | None = None, model: str = "smollm2") -> Texts:
     """Read the file, or without one encode the text now and keep it among cached files."""
     if path is None:
-        path = cache_folder() / f"excerpts-smollm2-{docstrings().sha256[:12]}.safetensors"
+        path = cache_folder() / f"excerpts-{model}-{docstrings().sha256[:12]}.safetensors"
         if not path.exists():
-            write(path)
+            write(path, model)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         more = {key: json.loads(value) for key, value in file.metadata().items()}
@@ -102,4 +105,6 @@ def read(path: Path | None = None) -> Texts:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path)
-    write(parser.parse_args().file)
+    parser.add_argument("--model", default="smollm2", help="whose tokens")
+    args = parser.parse_args()
+    write(args.file, args.model)

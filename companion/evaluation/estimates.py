@@ -86,8 +86,17 @@ class Scores:
         return Estimate(self.value, float(low), float(high), len(self.total), "bootstrap")
 
 
-def resampled(scores: Sequence[Scores], seed: int = 0) -> np.ndarray:
+def resampled(
+    scores: Sequence[Scores], seed: int = 0, strata: Sequence | None = None
+) -> np.ndarray:
     """Resample several scores on the same examples in one pass, as `Scores.resampled` does one.
+
+    Parameters
+    ----------
+    scores : sequence of Scores
+    seed : int
+    strata : sequence, length n, optional
+        As in `resamples`.
 
     Returns
     -------
@@ -101,16 +110,24 @@ def resampled(scores: Sequence[Scores], seed: int = 0) -> np.ndarray:
     """
     parts = [
         [(counts @ each.total, counts @ each.weight) for each in scores]
-        for counts in resamples(len(scores[0].total), seed)
+        for counts in resamples(len(scores[0].total), seed, strata)
     ]
     total, weight = np.moveaxis(np.concatenate(parts, axis=-1), 1, 0)
     return np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
 
 
-def resamples(n: int, seed: int = 0) -> Iterator[np.ndarray]:
+def resamples(n: int, seed: int = 0, strata: Sequence | None = None) -> Iterator[np.ndarray]:
     """How often each of n examples is drawn, in 10,000 resamples with replacement (Efron, 1979).
 
     Own draws, not those of `scipy.stats.bootstrap`: every published interval rests on them.
+
+    Parameters
+    ----------
+    n : int
+    seed : int
+    strata : sequence, length n, optional
+        Which stratum each example belongs to, its topic for example: as many are then drawn of
+        each as there are.
 
     Yields
     ------
@@ -122,9 +139,23 @@ def resamples(n: int, seed: int = 0) -> Iterator[np.ndarray]:
     >>> parts = [counts.shape for counts in resamples(100)]
     >>> sum(rows for rows, _ in parts), {n for _, n in parts}
     (10000, {100})
+    >>> float(next(resamples(3, strata=["a", "b", "b"]))[:, 0].mean())  # alone in its stratum
+    1.0
     """
+    if strata is not None:
+        yield _within(np.unique(np.asarray(strata), return_inverse=True)[1], seed)
+        return
     for counts in _kept(n, seed) if n <= KEPT else _draws(np.full(n, 1 / n), n, seed):
         yield counts.astype(float)
+
+
+def _within(strata: np.ndarray, seed: int) -> np.ndarray:
+    """Counts of examples drawn within their strata, shape (10000, n)."""
+    rng, counts = np.random.default_rng(seed), np.empty((RESAMPLES, len(strata)))
+    for stratum in range(strata.max() + 1):
+        (own,) = np.nonzero(strata == stratum)
+        counts[:, own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), RESAMPLES)
+    return counts
 
 
 @lru_cache(maxsize=2)

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from companion.errors import EmptyLoader, NothingToQuantize, SchemeError, UnsupportedModel
 from companion.evaluation.forward import run
 from companion.numerics.activations import fake_quantize_activations
-from companion.numerics.affine import dequantize, quantize
+from companion.numerics.affine import as_stored, dequantize, quantize, symmetric_scale
 from companion.numerics.scheme import QuantScheme
 from companion.qat.layers import FakeQuantConv1D, FakeQuantLinear
 from companion.qat.prepare import prepare_qat
-from companion.qat.ranges import LearnedStepSize
+from companion.qat.ranges import LearnedStepSize, best_ratio
 
 COLUMNS = 128  # columns whose errors are gathered before the rest of a row is corrected
 
@@ -166,16 +166,20 @@ def round_with_compensation(
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    scale = weight.new_zeros(rows, columns // size, dtype=scheme.scale_dtype)
     places = torch.arange(columns, device=weight.device)  # of each column, in its row
     if act_order:
-        scale = LearnedStepSize(scheme, weight).integers(weight)[1]
         places = hessian.diagonal().argsort(descending=True, stable=True)
-        weight, hessian = weight[:, places], hessian[places][:, places]
-    groups = (places // size).tolist()
+        hessian = hessian[places][:, places]
     # Row j of this upper factor says how later columns make up for an error in column j.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
+    # What is left of a squared error in column j once the later ones have made up for it.
+    left = factor.diagonal().square().reciprocal()
+    scale = weight.new_zeros(rows, columns // size, dtype=scheme.scale_dtype)
+    if act_order:
+        scale = _searched(weight, left[places.argsort()], scheme)
+        weight = weight[:, places]
+    groups = (places // size).tolist()
     integers = torch.zeros(rows, columns, dtype=torch.int8, device=weight.device)
     for start in range(0, columns, COLUMNS):
         end = min(start + COLUMNS, columns)
@@ -188,7 +192,7 @@ def round_with_compensation(
                 if j + size > end:
                     late = factor[start:j, end : j + size]
                     ahead[:, end - j :] -= errors[:, : j - start] @ late
-                scale[:, group] = LearnedStepSize(scheme, ahead).integers(ahead)[1][:, 0]
+                scale[:, group] = _searched(ahead, left[j : j + size], scheme)[:, 0]
             step = scale[:, group, None]
             integers[:, j : j + 1] = quantize(weight[:, j : j + 1], step, bits=scheme.weight_bits)
             value = dequantize(integers[:, j : j + 1], step)[:, 0]
@@ -196,6 +200,15 @@ def round_with_compensation(
             weight[:, j + 1 : end] -= errors[:, j - start, None] * factor[j, j + 1 : end]
         weight[:, end:] -= errors @ factor[start:end, end:]
     return integers[:, places.argsort()], scale
+
+
+def _searched(weight: Tensor, importance: Tensor, scheme: QuantScheme) -> Tensor:
+    """Return the scales that round a weight with the smallest weighted error, (rows, groups)."""
+    size = scheme.group_size or weight.shape[1]
+    groups = weight.view(len(weight), -1, size)
+    ratio = best_ratio(groups, scheme, importance.view(-1, size))
+    scale = symmetric_scale(groups, scheme.weight_bits) * ratio
+    return as_stored(scale, scheme.scale_dtype)[..., 0]
 
 
 class _Passes:
@@ -303,15 +316,23 @@ def _hessians(model: nn.Module, tied: list[list[str]], passes: _Passes, place: i
                         device=first.weight.device) for first, *_ in layers]  # fmt: skip
     seen = [0] * len(layers)
 
+    latest: list[Any] = [None, None, None]  # layers that read one tensor share its product
+
+    def product(x: Tensor, scheme: QuantScheme) -> Tensor:
+        version = None if x.is_inference() else x._version
+        if latest[0] is not x or latest[1] != version:
+            rows = x
+            if scheme.activations is not None:  # as the layer will see them when served
+                rows = fake_quantize_activations(x, scheme.activations, scheme.group_size)
+            rows = rows.reshape(-1, x.shape[-1]).float()
+            latest[:] = x, version, (rows.t() @ rows).double()
+        return latest[2]
+
     def watch(place: int, layer: FakeQuantLinear):
         def hook(_, inputs, named):
             x = inputs[0] if inputs else next(iter(named.values()))
-            scheme = layer.quantizer.scheme
-            if scheme.activations is not None:  # as the layer will see them when served
-                x = fake_quantize_activations(x, scheme.activations, scheme.group_size)
-            x = x.reshape(-1, x.shape[-1]).float()
-            sums[place] += (x.t() @ x).double()
-            seen[place] += len(x)
+            sums[place] += product(x, layer.quantizer.scheme)
+            seen[place] += x.numel() // x.shape[-1]
 
         return hook
 

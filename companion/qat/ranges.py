@@ -274,13 +274,16 @@ def fingerprint_of(weight: Tensor) -> int:
     return int(weight.detach().contiguous().view(integers).sum(dtype=torch.int64))
 
 
-def best_ratio(groups: Tensor, scheme: QuantScheme) -> Tensor:
+def best_ratio(groups: Tensor, scheme: QuantScheme, importance: Tensor | None = None) -> Tensor:
     """Search the scale that rounds each group with the smallest squared error.
 
     Parameters
     ----------
     groups : Tensor, shape (..., group_size)
     scheme : QuantScheme
+    importance : Tensor, broadcastable to `groups`, optional
+        What the squared error of each weight counts: the mean square of the input that it meets,
+        for example.
 
     Returns
     -------
@@ -293,6 +296,8 @@ def best_ratio(groups: Tensor, scheme: QuantScheme) -> Tensor:
     tensor([[0.7500]])
     >>> best_ratio(torch.tensor([[2.0, -1.0]]), QuantScheme(2, 2, torch.float32))
     tensor([[-0.7500]])
+    >>> best_ratio(torch.tensor([[4.0, 1.0]]), QuantScheme(2, 2, torch.float32), torch.tensor([9, 1]))
+    tensor([[-0.7500]])
     """
     groups = groups.float()
     absmax = symmetric_scale(groups, scheme.weight_bits)
@@ -304,6 +309,8 @@ def best_ratio(groups: Tensor, scheme: QuantScheme) -> Tensor:
         for signed in (ratio * sign for sign in signs):
             scale = (absmax * signed).to(scheme.scale_dtype)
             error = (fake_quantize(groups, scale, bits=scheme.weight_bits) - groups).square_()
+            if importance is not None:
+                error = error.mul_(importance)
             error = error.sum(-1, keepdim=True)
             better = error < smallest
             best = torch.where(better, signed, best)

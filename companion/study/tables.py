@@ -79,17 +79,23 @@ def across_seeds(draws: np.ndarray, values: Sequence[float], n: int) -> Estimate
     True
     """
     seeds = len(values)
-    method = f"bootstrap over examples, t over {seeds} seeds"
-    if seeds > 1:
-        error = float(np.std(values, ddof=1)) / np.sqrt(seeds)
-        with extra("study"):
-            from scipy import stats
-        noise = stats.t(seeds - 1).ppf((np.arange(len(draws)) + 0.5) / len(draws))
-        draws = draws + error * np.random.default_rng(1).permutation(noise)
-    else:
-        method = "bootstrap over examples, one seed"
-    low, high = np.quantile(draws, TAILS)
-    return Estimate(float(np.mean(values)), float(low), float(high), n, method)
+    doubt = f"t over {seeds} seeds" if seeds > 1 else "one seed"
+    low, high = np.quantile(_with_seeds(draws, values), TAILS)
+    return Estimate(
+        float(np.mean(values)), float(low), float(high), n, f"bootstrap over examples, {doubt}"
+    )
+
+
+def _with_seeds(draws: np.ndarray, values: Sequence[float]) -> np.ndarray:
+    """Add the noise of the mean over seeds to bootstrap draws."""
+    seeds = len(values)
+    if seeds == 1:
+        return draws
+    with extra("study"):
+        from scipy import stats
+    noise = stats.t(seeds - 1).ppf((np.arange(len(draws)) + 0.5) / len(draws))
+    error = float(np.std(values, ddof=1)) / np.sqrt(seeds)
+    return draws + error * np.random.default_rng(1).permutation(noise)
 
 
 class Results:
@@ -100,12 +106,14 @@ class Results:
     runs : sequence of dict
         Each with ``total`` and ``weight`` per example, as in `companion.evaluation.estimates.Scores`, and
         ``higher_is_better``.
+    strata : sequence, optional
+        The topic of each example, where they are to be resampled within their topics.
     """
 
-    def __init__(self, runs: Sequence[dict]) -> None:
+    def __init__(self, runs: Sequence[dict], strata: Sequence | None = None) -> None:
         self.scores = [Scores(np.array(run["total"]), np.array(run["weight"])) for run in runs]
         self.sign = -1 if runs[0]["higher_is_better"] else 1
-        self.n = len(runs[0]["total"])
+        self.n, self.strata = len(runs[0]["total"]), strata
         self._draws: np.ndarray | None = None
         first = self.scores[0].weight
         for weight in (scores.weight for scores in self.scores):
@@ -121,7 +129,7 @@ class Results:
     def resampled(self) -> np.ndarray:
         """Bootstrap of the mean over seeds; equal draws for arms on equal examples."""
         if self._draws is None:
-            self._draws = np.mean(resampled(self.scores), axis=0)
+            self._draws = np.mean(resampled(self.scores, 0, self.strata), axis=0)
         return self._draws
 
     def estimate(self) -> Estimate:
@@ -139,6 +147,40 @@ def worse(first: Results, second: Results) -> Estimate:
     """By how much the first arm is worse than the second, whichever way the metric points."""
     draws = first.sign * (first.resampled() - second.resampled())
     return across_seeds(draws, first.sign * (first.seeds - second.seeds), first.n)
+
+
+def p_value(first: Results, second: Results) -> float:
+    """Two-sided p-value of no difference between two arms, by the draws behind `difference`.
+
+    Examples
+    --------
+    >>> runs = [{"total": [loss, loss + 1], "weight": [1, 1], "higher_is_better": False}
+    ...         for loss in (2.0, 3.0)]
+    >>> p_value(*(Results([run]) for run in runs)) < 0.001
+    True
+    """
+    draws = _with_seeds(first.resampled() - second.resampled(), first.seeds - second.seeds)
+    tail = min((draws <= 0).mean(), (draws >= 0).mean())
+    return float(min(1.0, 2 * max(tail, 1 / len(draws))))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust the p-values of a family of comparisons for their number.
+
+    References
+    ----------
+    Holm, "A simple sequentially rejective multiple test procedure", 1979.
+
+    Examples
+    --------
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p_values)
+    scaled = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return adjusted.tolist()
 
 
 def recovered(control: Results, nearest: Results, arm: Results) -> Estimate | None:
@@ -167,13 +209,15 @@ def recovered(control: Results, nearest: Results, arm: Results) -> Estimate | No
     return across_seeds(back[damaged] / lost[damaged], seeds, arm.n)
 
 
-def tabulate(runs: Sequence[dict]) -> pd.DataFrame:
+def tabulate(runs: Sequence[dict], strata: Sequence | None = None) -> pd.DataFrame:
     """Gather the runs of one model on one task into a row for each scheme and method.
 
     Parameters
     ----------
     runs : sequence of dict
         As in ``compare(...).attrs["runs"]``, or "runs" of a results file.
+    strata : sequence, optional
+        The topic of each test example: intervals then come from resampling within topics.
 
     Returns
     -------
@@ -183,8 +227,8 @@ def tabulate(runs: Sequence[dict]) -> pd.DataFrame:
         language models, nats per token. ``damage`` is how much worse rounding to nearest made
         the control, ``difference`` the arm minus the control; ``..._low`` and ``..._high``
         bound 95 % intervals; ``recovered`` is NaN where there was nothing to recover; ``cost``
-        is training time over the control's; ``bytes`` is the whole file. `attrs` keeps the
-        runs.
+        is training time over the control's, NaN where it was not measured; ``bytes`` is the whole
+        file. `attrs` keeps the runs.
 
     Raises
     ------
@@ -196,7 +240,7 @@ def tabulate(runs: Sequence[dict]) -> pd.DataFrame:
         import pandas as pd
 
     cells = gather(runs)
-    results = {cell: Results(found) for cell, found in cells.items()}
+    results = {cell: Results(found, strata) for cell, found in cells.items()}
     rows = {}
     for (scheme, method), found in cells.items():
         if method == "float":
@@ -214,9 +258,10 @@ def tabulate(runs: Sequence[dict]) -> pd.DataFrame:
             **_columns("recovered", share),
             "seeds": len(found),
             "n": arm.n,
-            **{key: found[0][key] for key in ("steps", "float_steps", "lr", "bytes")},
+            **{key: found[0][key] for key in ("steps", "float_steps", "lr")},
+            "bytes": found[0].get("bytes", np.nan),
             "training_tokens": found[0]["training_tokens"],
-            "cost": found[0]["cost"],
+            "cost": found[0].get("cost", np.nan),
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=["scheme", "method"])

@@ -9,7 +9,7 @@ from torch import nn
 from companion import QuantScheme, convert, dequantize, fit, load_pretrained, load_task, prepare_qat
 from companion.errors import EmptyLoader, NothingToQuantize, SchemeError, UnsupportedModel
 from companion.evaluation.language import document_losses
-from companion.numerics.affine import to_groups
+from companion.numerics.affine import quantize, to_groups
 from companion.ptq.gptq import gptq, round_with_compensation
 
 
@@ -73,13 +73,50 @@ def test_loud_columns_first_is_better_where_some_are_loud():
 @pytest.mark.parametrize("act_order", [False, True])
 def test_without_correlation_it_rounds_to_nearest(act_order):
     weight, scheme = random(3, 8, 64), QuantScheme(4, 32)
-    hessian = torch.diag(random(4, 64).abs() + 0.1)  # an order of its own, and nothing shared
-    integers, scale = round_with_compensation(weight, hessian, scheme, act_order=act_order)
+    integers, scale = round_with_compensation(weight, torch.eye(64), scheme, act_order=act_order)
     layer = nn.Linear(64, 8, bias=False)
     layer.weight.data = weight
     nearest = prepare_qat(nn.Sequential(layer), scheme, "mse")[0].quantizer.integers(weight)
     assert torch.equal(integers, nearest[0])
     assert torch.equal(scale, nearest[1])
+    # inputs of several sizes: to nearest, too, with scales for the columns that count
+    sizes = random(4, 64).abs() + 0.1
+    integers, scale = round_with_compensation(
+        weight, torch.diag(sizes), scheme, act_order=act_order
+    )
+    groups = weight.view(8, 2, 32)
+    assert torch.equal(integers.view(8, 2, 32), quantize(groups, scale[..., None], bits=4))
+
+    def error(integers, scale):
+        off = (integers.view_as(groups) * scale[..., None].float() - groups).square()
+        return (off * sizes.view(2, 32)).sum(-1)
+
+    assert (error(integers, scale) <= error(*nearest)).all()
+    assert error(integers, scale).sum() < 0.95 * error(*nearest).sum()
+
+
+def test_layers_that_read_one_tensor_share_their_hessian_unless_it_changes_between():
+    class Block(nn.Module):
+        def __init__(self, changes: bool) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+            self.changes = changes
+
+        def forward(self, x):
+            x = x.clone()
+            first = self.first(x)
+            if self.changes:
+                x[:, ::2] *= 10
+            return first + self.second(x)
+
+    x, scheme = correlated(256, 32), QuantScheme(2, 32)
+    for changes in (False, True):
+        torch.manual_seed(0)
+        block = Block(changes)
+        block.second.weight.data.copy_(block.first.weight)
+        rounded = gptq(block, scheme, [(x, None)], progress=False)
+        same = torch.equal(rounded.first.weight, rounded.second.weight)
+        assert same is not changes
 
 
 def test_result_converts_exactly_and_trains_on():
