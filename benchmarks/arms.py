@@ -51,18 +51,37 @@ from companion.training.optimizer import parameter_groups
 
 TUNING, SEEDS = 100, (0, 1, 2)
 """Draws of the training text: one to choose rates on, three to measure."""
-STEPS, ROWS = 100, 8
-"""Optimizer steps of a run, rows of 256 tokens in each."""
 LATE = 0.75
 """Share of the steps in floating point before the rounding of an arm that starts late."""
 CALIBRATION = 256
 """Rows for GPTQ: 65,536 tokens."""
+SEEN = 16
+"""Rows that calibrated arms see before the first step: 4,096 tokens."""
 FACTOR, MOST = 3.0, 6
 """Where the best rate is at an end, the next one beyond it; trials at most."""
 PTQ = ("nearest", "mse", "gptq")
 W4, W3, W2 = (QuantScheme(bits) for bits in (4, 3, 2))
-Rates = dict[str, tuple[float, ...]]
-"""Learning rates to begin with: those of "float", and of "rounded"."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run of a study has.
+
+    Parameters
+    ----------
+    float_rates, rates : tuple of float
+        Learning rates to begin with, in floating point and rounded.
+    steps, rows : int
+        Optimizer steps, rows of 256 tokens in each.
+    looks : int
+        Measurements on validation while it trains.
+    """
+
+    float_rates: tuple[float, ...]
+    rates: tuple[float, ...]
+    steps: int = 100
+    rows: int = 8
+    looks: int = 5
 
 
 @dataclass(frozen=True)
@@ -79,34 +98,48 @@ class Arm:
     start : {"first", "late"}
     step_rate : float
         Learning rate of learned steps over that of the weights.
+    calibrated : bool
+        Whether the search for the first range knows the inputs that the weights meet.
     """
 
     method: str
     target: str = "labels"
     start: str = "first"
     step_rate: float = 1.0
+    calibrated: bool = False
 
     @property
     def name(self) -> str:
         if self.method == "float" and self.target == "labels":
             return "float"
         more = "" if self.step_rate == 1 else f" x{self.step_rate:g}"
+        more += " calibrated" if self.calibrated else ""
         return f"{self.method}{more}, {self.target}, {self.start}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does in one go: tune an arm at a scheme, then run it on every draw."""
+    """What one worker does in one go: tune an arm at a scheme, then run it on every draw.
+
+    Parameters
+    ----------
+    arm : Arm
+    scheme : QuantScheme, optional
+        None for floating point.
+    steps : int, optional
+        Default: those of the budget.
+    draws : tuple of int
+    """
 
     arm: Arm
     scheme: QuantScheme | None = None
-    steps: int = STEPS
+    steps: int | None = None
     draws: tuple[int, ...] = SEEDS
 
     @property
     def name(self) -> str:
         scheme = "float" if self.scheme is None else scheme_name(self.scheme)
-        return f"{scheme}, {self.arm.name}, {self.steps} steps"
+        return f"{scheme}, {self.arm.name}"
 
 
 Work = Sequence[Job | tuple[str, QuantScheme, int]]
@@ -128,24 +161,26 @@ class Study:
         Time after which no run begins.
     start : nn.Module
         Float.
-    rates : Rates
+    budget : Budget
     small : bool
         Four steps of two rows each, on eight documents, without trials of rates.
     """
 
     def __init__(
-        self, work: Path, texts: Texts, start: nn.Module, device, deadline: float, rates: Rates,
+        self, work: Path, texts: Texts, start: nn.Module, device, deadline: float, budget: Budget,
         small: bool = False,
     ) -> None:  # fmt: skip
         self.work, self.texts, self.device, self.deadline = work, texts, device, deadline
-        self.rates, self.small, self.rows = rates, small, 2 if small else ROWS
+        self.budget, self.small, self.rows = budget, small, 2 if small else budget.rows
         self.start = start.to(device)
         self.held_out = {p: texts.test(p, 2 * self.rows, device) for p in ("validation", "test")}
         if small:
             self.held_out = {part: batches[:1] for part, batches in self.held_out.items()}
 
     def steps(self, job: Job) -> int:
-        return 4 if self.small else job.steps  # three and one where an arm starts late
+        return (
+            4 if self.small else job.steps or self.budget.steps
+        )  # three and one where an arm starts late
 
     def float_steps(self, job: Job) -> int:
         if job.arm.method == "float":
@@ -182,7 +217,8 @@ class Study:
 
     def tune(self, job: Job) -> float:
         """Try rates until the best is inside the range, and return it."""
-        rates = sorted(self.rates["float" if job.arm.method == "float" else "rounded"])
+        budget = self.budget
+        rates = sorted(budget.float_rates if job.arm.method == "float" else budget.rates)
         if self.small:
             return rates[1]
         found: dict[float, float] = {}
@@ -196,12 +232,12 @@ class Study:
 
     def run(self, job: Job, draw: int, rate: float, test: bool) -> dict:
         """One run: trained, measured on validation, and if asked on test."""
-        name = f"{job.name}, draw {draw}, rate {rate:.3g}"
+        name = f"{job.name}, {self.steps(job)} steps, draw {draw}, rate {rate:.3g}"
 
         def make() -> dict:
             started = time.time()
             model, history = self.train(job, draw, rate)
-            if job.arm == FLOAT and job.steps == STEPS and test:
+            if job.arm == FLOAT and job.steps is None and test:
                 path = self.control(draw)
                 write_atomically(path, lambda part: save_model(model, str(part)))
             steps = self.steps(job)
@@ -216,7 +252,8 @@ class Study:
 
     def train(self, job: Job, draw: int, rate: float) -> tuple[nn.Module, list]:
         """The arm's model, converted, and its losses on validation on the way."""
-        arm, steps, first = job.arm, self.steps(job), self.float_steps(job)
+        arm, steps = job.arm, self.steps(job)
+        first = 0 if arm.method == "float" else self.float_steps(job)
         batches = self.texts.train(draw, steps, self.rows, self.device)
         begin = self.float_phase(batches[:first], draw, first) if first else self.start
         loss = default_loss
@@ -229,7 +266,8 @@ class Study:
             model, finish = prepare_torchao(model, job.scheme)
         elif arm.method != "float":
             method = {"lsq": CapturableStep}.get(arm.method, arm.method)
-            model, finish = prepare_qat(model, job.scheme, method), convert
+            seen = self.texts.calibration(SEEN, SEEN // 4, self.device) if arm.calibrated else None
+            model, finish = prepare_qat(model, job.scheme, method, calibration=seen), convert
         history = self.fit(model, batches[first:], rate, loss, arm.step_rate)
         return finish(model), history
 
@@ -246,7 +284,7 @@ class Study:
             model, batches, steps=len(batches), loss_fn=loss,
             optimizer=torch.optim.AdamW(groups, lr=rate),
             validate=lambda m: document_losses(m, self.held_out["validation"]).mean,
-            validate_every=math.ceil(len(batches) / 5), progress=False,
+            validate_every=math.ceil(len(batches) / self.budget.looks), progress=False,
         )  # fmt: skip
         if graphed is not None:
             graphed.check(batches[-1])
@@ -284,7 +322,7 @@ class Study:
         """Round a float control without training."""
 
         def make() -> dict:
-            model = self.load_control(draw)
+            model, steps = self.load_control(draw), self.steps(Job(FLOAT))
             if method == "gptq":
                 rows = 4 if self.small else CALIBRATION
                 calibration = self.texts.calibration(rows, 2 * self.rows, self.device)
@@ -293,8 +331,8 @@ class Study:
             else:
                 model = prepare_qat(model, scheme, {"nearest": "absmax"}.get(method, method))
             return self.record(convert(model), test=True) | {
-                "scheme": scheme_name(scheme), "method": method, "seed": draw, "steps": STEPS,
-                "float_steps": STEPS, "lr": 0.0, "training_tokens": STEPS * self.rows * SIZE,
+                "scheme": scheme_name(scheme), "method": method, "seed": draw, "steps": steps,
+                "float_steps": steps, "lr": 0.0, "training_tokens": steps * self.rows * SIZE,
             }  # fmt: skip
 
         self.kept(f"{scheme_name(scheme)}, {method}, draw {draw}", make)
@@ -483,7 +521,7 @@ def work_through(study: Study, jobs: Work) -> None:
             mine.close()
 
 
-def command(name: str, model: str, jobs: Work, rates: Rates, text: str, more=None) -> None:
+def command(name: str, model: str, jobs: Work, budget: Budget, text: str, more=None) -> None:
     """The command line of a study.
 
     Parameters
@@ -493,7 +531,7 @@ def command(name: str, model: str, jobs: Work, rates: Rates, text: str, more=Non
     model : str
         As `load_pretrained` takes it; texts are encoded for it.
     jobs : sequence
-    rates : Rates
+    budget : Budget
     text : str
         What `--help` says.
     more : callable, optional
@@ -509,12 +547,21 @@ def command(name: str, model: str, jobs: Work, rates: Rates, text: str, more=Non
     parser.add_argument("--small", action="store_true", help="four steps each, to try it")
     parser.add_argument("--merge", action="store_true", help="only write the results file")
     args = parser.parse_args()
+    if args.small:
+        args.work = args.work / "small"
     args.work.mkdir(parents=True, exist_ok=True)
-    restore(name, args.work, "name")
+    if not args.small:
+        restore(name, args.work, "name")
     texts = read(args.texts, model)
     deadline = float(os.environ.get("STUDY_DEADLINE", time.time() + 60 * args.minutes))
     if args.workers > 1 and not args.merge:
-        again = [sys.executable, "-m", f"benchmarks.{name}", "--work", args.work]
+        again = [
+            sys.executable,
+            "-m",
+            f"benchmarks.{name}",
+            "--work",
+            args.work.parent if args.small else args.work,
+        ]
         again += ["--texts", args.texts] * (args.texts is not None) + ["--small"] * args.small
         threads = max(1, (os.cpu_count() or 1) // args.workers)
         environment = os.environ | {
@@ -528,18 +575,20 @@ def command(name: str, model: str, jobs: Work, rates: Rates, text: str, more=Non
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cuda.matmul.allow_tf32 = True
         start = load_pretrained(model)
-        work_through(Study(args.work, texts, start, device, deadline, rates, args.small), jobs)
+        work_through(Study(args.work, texts, start, device, deadline, budget, args.small), jobs)
         if "STUDY_DEADLINE" in os.environ:
             return
     if not args.small:
-        print(merge(name, args.work, texts, more() if more else {}))
+        print(merge(name, args.work, texts, budget, more() if more else {}))
 
 
-def merge(name: str, work: Path, texts: Texts, more: dict) -> Path:
+def merge(name: str, work: Path, texts: Texts, budget: Budget, more: dict) -> Path:
     """Write the results file from the finished runs."""
     records = [json.loads(path.read_text()) for path in sorted(work.glob("*.json"))]
     about = {
         "text": {"sha256": texts.sha256, "versions": texts.versions},
         "packages": texts.packages["test"],
     }
-    return write_results(name, records, about | more, steps=STEPS, rows=ROWS, size=SIZE)
+    return write_results(
+        name, records, about | more, steps=budget.steps, rows=budget.rows, size=SIZE
+    )

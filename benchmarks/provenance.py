@@ -56,11 +56,14 @@ def write_results(name: str, records: list[dict], more: dict | None = None, **se
     """Write ``benchmarks/results/<name>.json`` with provenance, and return its path."""
     path = RESULTS / f"{name}.json"
     content = {"provenance": provenance(**settings), "records": records} | (more or {})
-    text = json.dumps(content, indent=1)
-    # lists of numbers on one line: one for each run, not for each example
-    text = re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()), text)
-    write_atomically(path, lambda partial: partial.write_text(text + "\n"))
+    write_atomically(path, lambda partial: partial.write_text(as_json(content)))
     return path
+
+
+def as_json(content: dict) -> str:
+    """Indented, but lists of numbers on one line: one for each run, not for each example."""
+    text = json.dumps(content, indent=1)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def restore(name: str, work: Path, key: str) -> None:
@@ -79,6 +82,8 @@ def restore(name: str, work: Path, key: str) -> None:
     path = RESULTS / f"{name}.json"
     if path.exists():
         for record in json.loads(path.read_text())["records"]:
+            if key not in record:
+                raise ValueError(f"{path} is not of this study: remove it to begin anew")
             file = work / f"{record[key]}.json"
             if not file.exists():
                 text = json.dumps(record)

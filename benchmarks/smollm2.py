@@ -12,12 +12,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.arms import FLOAT, IMITATING_FLOAT, SEEDS, W2, W3, W4, Arm, Job, Work, command
+from benchmarks.arms import (
+    FLOAT,
+    IMITATING_FLOAT,
+    SEEDS,
+    W2,
+    W3,
+    W4,
+    Arm,
+    Budget,
+    Job,
+    Work,
+    command,
+)
 from companion import QuantScheme
 
 LONG = 600
 """Steps of the longest run of the curve."""
-RATES = {"float": (2e-5, 6e-5, 2e-4), "rounded": (5e-5, 1.5e-4, 5e-4)}
+BUDGET = Budget((2e-5, 6e-5, 2e-4), (5e-5, 1.5e-4, 5e-4))
 W4_ROW = QuantScheme(4, None)
 LEARNED, TORCHAO = Arm("lsq"), Arm("torchao")
 DEFAULT = Arm("lsq", "teacher", "late")
@@ -47,4 +59,4 @@ def jobs() -> Work:
 
 
 if __name__ == "__main__":
-    command("smollm2", "smollm2", jobs(), RATES, __doc__)
+    command("smollm2", "smollm2", jobs(), BUDGET, __doc__)

@@ -26,6 +26,7 @@ from companion.errors import (
     extra,
 )
 from companion.numerics.scheme import W8A8, QuantScheme
+from companion.qat.calibration import input_squares
 from companion.qat.layers import FakeQuantConv1D, FakeQuantEmbedding, FakeQuantLinear
 from companion.qat.packed import (
     DynamicInt8Linear,
@@ -64,6 +65,7 @@ def prepare_qat(
     skip: Iterable[str] = (),
     embeddings: bool = False,
     inplace: bool = False,
+    calibration: Iterable | None = None,
 ) -> nn.Module:
     """Return a copy of a model whose layers round their weights (and inputs) as they compute.
 
@@ -89,6 +91,10 @@ def prepare_qat(
     inplace : bool
         Change `model` itself and return it, which takes no second copy of its weights. A model
         that is refused is left as it was.
+    calibration : iterable of batches, optional
+        Up to 16 batches as for `fit`, of which the labels are not looked at. The model runs on
+        them before anything is rounded, and the search that "mse" and "lsq" start with then
+        weighs each weight's error by the mean square of the inputs that it meets.
 
     Returns
     -------
@@ -99,7 +105,10 @@ def prepare_qat(
     NothingToQuantize, UnknownLayer
         If no layer matches, or a pattern of `skip` matches none.
     SchemeError
-        If the group size does not divide a layer's inputs, with the sizes that divide all.
+        If the group size does not divide a layer's inputs, with the sizes that divide all; or
+        if calibration is given to a method that searches no range.
+    EmptyLoader
+        If `calibration` gives no batch.
     WrongStage, UnsupportedModel
         If the model is prepared or quantized already, compiled, offloaded, holds fused expert
         weights or adapters, or a layer whose forward was replaced on the instance.
@@ -114,7 +123,12 @@ def prepare_qat(
       2: skipped by '2'
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    make_quantizer(scheme, method)  # an unknown method is refused before anything is copied
+    quantizer = make_quantizer(scheme, method)  # an unknown method is refused before all else
+    if calibration is not None and not quantizer.searches:
+        raise SchemeError(
+            f"method {method!r} searches no range, so calibration would change nothing: leave it "
+            "out, or choose 'lsq' or 'mse'"
+        )
     refuse_quantized(model)
     refuse_adapters(model)
     refuse_compiled(model)
@@ -144,6 +158,8 @@ def prepare_qat(
         )
     check_forwards(model, chosen)
     check_divisible(targets, chosen, scheme)
+    squares = {} if calibration is None else input_squares(model, chosen, calibration)
+    importance = {name: squares.get(model.get_submodule(name).weight) for name in chosen}
     prepared = model if inplace else copy.deepcopy(model)
     quantizers: dict[nn.Parameter, Absmax] = {}
     for name in chosen:  # nothing is changed before all of them are made
@@ -152,7 +168,8 @@ def prepare_qat(
             matrix = (
                 module.weight.t().contiguous() if kind_of(module) == "Conv1D" else module.weight
             )
-            quantizers[module.weight] = quantizer = make_quantizer(scheme, method, matrix)
+            quantizer = make_quantizer(scheme, method, matrix, importance[name])
+            quantizers[module.weight] = quantizer
             quantizer.fingerprint = fingerprint_of(module.weight)
             _check_finite(name, quantizer, matrix)
     registered: set[Absmax] = set()

@@ -26,6 +26,8 @@ class Absmax(nn.Module):
     scheme : QuantScheme
     weight : Tensor, shape (rows, columns), optional
         The weights that it will round; methods that learn a range start from them.
+    importance : Tensor, shape (columns,), optional
+        What the errors of a column's weights count in a search: see `best_ratio`.
 
     Examples
     --------
@@ -35,17 +37,33 @@ class Absmax(nn.Module):
     """
 
     gradient_at_ends = True
+    searches = False
+    """Whether the range starts from a search that knows what the weights meet."""
 
-    def __init__(self, scheme: QuantScheme, weight: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        weight: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.scheme = scheme
         self.enabled = True
         self.fingerprint: int | None = None  # of weights that nothing has trained so far
+        self._importance = importance
         if weight is not None:
             self.start(weight)
+        self._importance = None
 
     def start(self, weight: Tensor) -> None:
         """Choose the first range for these weights; nothing to do where it follows them."""
+
+    def best_ratio(self, groups: Tensor) -> Tensor:
+        """Search the ratio to start with, shape (..., groups, 1)."""
+        importance = self._importance
+        if importance is not None:
+            importance = importance.view(groups.shape[-2:])
+        return best_ratio(groups, self.scheme, importance)
 
     def groups(self, weight: Tensor) -> Tensor:
         """View the last dimension as (groups, group_size)."""
@@ -156,10 +174,11 @@ class MSEClipped(Absmax):
     """
 
     ratio: Tensor
+    searches = True
 
     def start(self, weight: Tensor) -> None:
         groups = self.groups(weight.detach())
-        self.register_buffer("ratio", best_ratio(groups, self.scheme))
+        self.register_buffer("ratio", self.best_ratio(groups))
 
     def check_rows(self, rows: int) -> None:
         _check_shape((rows, *self.ratio.shape[1:]), self.ratio)
@@ -200,10 +219,11 @@ class LearnedStepSize(Absmax):
 
     first: Tensor
     follows: Tensor
+    searches = True
 
     def start(self, weight: Tensor) -> None:
         groups = self.groups(weight.detach())
-        ratio, quiet = best_ratio(groups, self.scheme), _is_quiet(groups)
+        ratio, quiet = self.best_ratio(groups), _is_quiet(groups)
         fitted = symmetric_scale(groups, self.scheme.weight_bits) * ratio
         self._start(torch.where(quiet, ratio, fitted), quiet)
 
@@ -334,7 +354,10 @@ METHODS: dict[str, type[Absmax]] = {
 
 
 def make_quantizer(
-    scheme: QuantScheme, method: str | type[Absmax] = "absmax", weight: Tensor | None = None
+    scheme: QuantScheme,
+    method: str | type[Absmax] = "absmax",
+    weight: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> Absmax:
     """Return a fresh weight quantizer of a method, by name or by class.
 
@@ -344,14 +367,17 @@ def make_quantizer(
     method : str or subclass of Absmax
     weight : Tensor, shape (rows, columns), optional
         What it will round, for methods whose range starts from the weights.
+    importance : Tensor, shape (columns,), optional
+        For methods whose range starts from a search.
 
     Examples
     --------
     >>> make_quantizer(QuantScheme(weight_bits=4))
     Absmax(4 bits, group size 32)
     """
-    if isinstance(method, type) and issubclass(method, Absmax):
-        return method(scheme, weight)
-    if method not in METHODS:
+    if method in METHODS:
+        method = METHODS[method]
+    elif not (isinstance(method, type) and issubclass(method, Absmax)):
         raise SchemeError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
-    return METHODS[method](scheme, weight)
+    # a class of one's own need not know of the last argument
+    return method(scheme, weight, *([] if importance is None else [importance]))
