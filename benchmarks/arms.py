@@ -1,6 +1,6 @@
 """Arms of a study: how each trains, how its rate is found, and what is measured once.
 
-Two studies are made of it: `benchmarks.smollm2` and `benchmarks.recovery` (docs-lm). What they
+Two studies are made of it: `benchmarks.smollm2` and `benchmarks.docs_lm`. What they
 compare, and by which rule, stands in benchmarks/hypotheses.md, written before a test split was
 opened. Every arm takes equally many optimizer steps on the same rows, keeps the weights that did
 best on validation, and has its learning rate chosen there from three or more, the best of them

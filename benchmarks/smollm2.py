@@ -31,26 +31,31 @@ LONG = 600
 """Steps of the longest run of the curve."""
 BUDGET = Budget((2e-5, 6e-5, 2e-4), (5e-5, 1.5e-4, 5e-4))
 W4_ROW = QuantScheme(4, None)
-LEARNED, TORCHAO = Arm("lsq"), Arm("torchao")
-DEFAULT = Arm("lsq", "teacher", "late")
-TORCHAO_DEFAULT = replace(DEFAULT, method="torchao")
+LEARNED, TORCHAO = Arm("lsq", calibrated=True), Arm("torchao")
+DEFAULT = replace(LEARNED, target="teacher", start="late")
+TORCHAO_DEFAULT = replace(DEFAULT, method="torchao", calibrated=False)
 
 
 def jobs() -> Work:
     """In the order of their weight: what is cut off by the time matters least."""
-    taught = [Arm(m, "teacher") for m in ("lsq", "torchao")]
+    plain = Arm("lsq")
+    taught = [replace(arm, target="teacher") for arm in (LEARNED, TORCHAO)]
+    late = [replace(arm, start="late") for arm in (LEARNED, TORCHAO)]
     queue: list = [Job(FLOAT)]
     queue += [Job(arm, s) for s in (W2, W3) for arm in (LEARNED, TORCHAO)]
-    queue += [Job(replace(LEARNED, step_rate=10.0), s, draws=()) for s in (W2, W3)]
-    queue += [Job(arm, W4) for arm in (LEARNED, TORCHAO)]
-    queue += [Job(arm, s) for s in (W2, W3) for arm in (DEFAULT, TORCHAO_DEFAULT)]
     queue += [("ptq", s, draw) for s in (W2, W3) for draw in SEEDS]
+    queue += [Job(arm, W4) for arm in (LEARNED, TORCHAO)]
     queue += [Job(arm, s) for s in (W2, W3) for arm in taught]
+    queue += [Job(arm, s) for s in (W2, W3) for arm in (DEFAULT, TORCHAO_DEFAULT)]
     queue += [("ptq", W4, draw) for draw in SEEDS]
     queue += [Job(arm, W4) for arm in (DEFAULT, TORCHAO_DEFAULT)]
     queue += [Job(IMITATING_FLOAT)]
-    queue += [Job(Arm(m, "labels", "late"), s) for s in (W2, W3) for m in ("lsq", "torchao")]
-    queue += [Job(Arm("absmax"), s) for s in (W2, W3)]
+    queue += [Job(arm, s) for s in (W2, W3) for arm in late]
+    # levers: where the learned steps start, how fast they move, absmax; on validation only
+    queue += [Job(plain, s, draws=()) for s in (W2, W3, W4)]
+    queue += [Job(replace(plain, step_rate=10.0), s, draws=()) for s in (W2, W3)]
+    queue += [Job(replace(LEARNED, step_rate=10.0), s, draws=()) for s in (W2, W3)]
+    queue += [Job(Arm("absmax"), s, draws=()) for s in (W2, W3)]
     queue += [Job(FLOAT, None, LONG, (0,))]
     queue += [Job(arm, s, LONG, (0,)) for s in (W2, W3) for arm in (LEARNED, TORCHAO)]
     queue += [Job(arm, W4_ROW) for arm in (LEARNED, TORCHAO, DEFAULT, TORCHAO_DEFAULT)]

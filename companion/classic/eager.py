@@ -12,10 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from companion.errors import NothingToQuantize, UnsupportedModel
-from companion.numerics.scheme import integer_range
+from companion.numerics.scheme import QuantScheme, integer_range
+from companion.numerics.search import best_ratio
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 # What the quantized engines cannot compute on two tensors outside a FloatFunctional.
@@ -50,7 +51,7 @@ def make_qconfig(weight_bits: int, backend: str, ao) -> Any:
             dtype=torch.quint8,
         ),
         weight=ao.FakeQuantize.with_args(
-            observer=ao.MovingAveragePerChannelMinMaxObserver,
+            observer=_clipping(ao.MovingAveragePerChannelMinMaxObserver),
             averaging_constant=1.0,  # the range is that of the weights now, not of their past
             quant_min=qmin,
             quant_max=qmax,
@@ -76,6 +77,52 @@ def _half_range(observer: type) -> type:
                 self.quant_max = 255
 
     return HalfRange
+
+
+def _clipping(observer: type) -> type:
+    """Let the range of a channel be a share of its weights' range; all of it, until searched."""
+
+    class Clipping(observer):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            self.register_buffer("ratio", torch.ones(()))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            seen = super().forward(weight)
+            self.min_val.mul_(self.ratio)
+            self.max_val.mul_(self.ratio)
+            return seen
+
+        def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+            # a state saved before ranges could be searched has none
+            self.ratio = torch.empty_like(state_dict.setdefault(f"{prefix}ratio", torch.ones(())))
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    return Clipping
+
+
+def search_range(module: nn.Module, weight_bits: int) -> None:
+    """Find for each output channel the share of its range that leaves the least squared error."""
+    scheme = QuantScheme(weight_bits, None, torch.float32)
+    ratio = best_ratio(module.weight.detach().flatten(1)[:, None], scheme, signed=False)
+    module.weight_fake_quant.activation_post_process.ratio = ratio.flatten()
+
+
+@contextmanager
+def remeasured_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norms average the statistics of the batches that pass, from nothing on."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, (mode, momentum) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.train(mode)
 
 
 _WITHOUT_KERNEL = {

@@ -22,7 +22,9 @@ from companion.classic.eager import (
     own_module_for_each_place,
     quantized_engine,
     refuse_unquantizable,
+    remeasured_batch_norm,
     remove_stubs,
+    search_range,
     snap_to_grid,
     torch_ao,
 )
@@ -166,12 +168,20 @@ class QuantWrapper(nn.Module):
         own_module_for_each_place(model)
         fuse(model, ao)
         self.qconfig = make_qconfig(weight_bits, self.backend, ao)
+        self.weight_bits = weight_bits
         ao.prepare_qat(self, inplace=True)
         self.stage = "prepared"
         return self
 
     @torch.no_grad()
-    def calibrate(self, loader: Iterable, batches: int = 8) -> QuantWrapper:
+    def calibrate(
+        self,
+        loader: Iterable,
+        batches: int = 8,
+        *,
+        search: bool = False,
+        batch_norm: bool = False,
+    ) -> QuantWrapper:
         """Choose activation ranges by watching data, without training (static PTQ).
 
         Parameters
@@ -179,6 +189,12 @@ class QuantWrapper(nn.Module):
         loader : iterable of (inputs, labels) or inputs
         batches : int
             How many batches to watch.
+        search : bool
+            First search for each output channel the share of its weights' range that rounds them
+            with the smallest squared error. If trained on, the range stays that share.
+        batch_norm : bool
+            Then measure the batch-norm statistics anew: those of the float model describe
+            channels that rounding has shifted.
 
         Returns
         -------
@@ -190,15 +206,23 @@ class QuantWrapper(nn.Module):
         WrongStage, EmptyLoader
         """
         self._expect("prepared", "calibrate()", "call prepare_qat() first")
-        self.eval()
-        self._observe_activations(True)
-        seen = 0
-        for batch in islice(loader, batches):
-            self(batch[0] if isinstance(batch, (tuple, list)) else batch)
-            seen += 1
-        self._observe_activations(False)
-        if not seen:
+        watched = [b[0] if isinstance(b, (tuple, list)) else b for b in islice(loader, batches)]
+        if not watched:
             raise EmptyLoader("the loader gave no batch to calibrate on: is the data set empty?")
+        if search:
+            for module in self.modules():
+                if hasattr(module, "weight_fake_quant"):
+                    search_range(module, self.weight_bits)
+        self.eval()
+        if batch_norm:
+            self._observe_activations(False)  # what is seen meanwhile is not what comes
+            with remeasured_batch_norm(self):
+                for inputs in watched:
+                    self(inputs)
+        self._observe_activations(True)
+        for inputs in watched:
+            self(inputs)
+        self._observe_activations(False)
         return self
 
     def freeze(self) -> QuantWrapper:

@@ -23,9 +23,10 @@ from companion.evaluation.forward import run
 from companion.numerics.activations import fake_quantize_activations
 from companion.numerics.affine import as_stored, dequantize, quantize, symmetric_scale
 from companion.numerics.scheme import QuantScheme
+from companion.numerics.search import best_ratio
 from companion.qat.layers import FakeQuantConv1D, FakeQuantLinear
 from companion.qat.prepare import prepare_qat
-from companion.qat.ranges import LearnedStepSize, best_ratio
+from companion.qat.ranges import LearnedStepSize
 
 COLUMNS = 128  # columns whose errors are gathered before the rest of a row is corrected
 

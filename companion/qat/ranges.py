@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from companion.errors import SchemeError, WrongStage
-from companion.numerics.affine import as_stored, fake_quantize, quantize, symmetric_scale
+from companion.numerics.affine import as_stored, quantize, symmetric_scale
 from companion.numerics.rounding import Grid, can_be_fused, held_of, round_weight, rounded_linear
 from companion.numerics.scheme import QuantScheme
+from companion.numerics.search import best_ratio
 
 
 class Absmax(nn.Module):
@@ -293,52 +294,6 @@ def fingerprint_of(weight: Tensor) -> int:
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return int(weight.detach().contiguous().view(integers).sum(dtype=torch.int64))
 
-
-def best_ratio(groups: Tensor, scheme: QuantScheme, importance: Tensor | None = None) -> Tensor:
-    """Search the scale that rounds each group with the smallest squared error.
-
-    Parameters
-    ----------
-    groups : Tensor, shape (..., group_size)
-    scheme : QuantScheme
-    importance : Tensor, broadcastable to `groups`, optional
-        What the squared error of each weight counts: the mean square of the input that it meets,
-        for example.
-
-    Returns
-    -------
-    Tensor, shape (..., 1), float32
-        The best scale over the absmax scale, negative where a turned grid does better.
-
-    Examples
-    --------
-    >>> best_ratio(torch.tensor([[-2.0, 1.0]]), QuantScheme(2, 2, torch.float32))
-    tensor([[0.7500]])
-    >>> best_ratio(torch.tensor([[2.0, -1.0]]), QuantScheme(2, 2, torch.float32))
-    tensor([[-0.7500]])
-    >>> best_ratio(torch.tensor([[4.0, 1.0]]), QuantScheme(2, 2, torch.float32), torch.tensor([9, 1]))
-    tensor([[-0.7500]])
-    """
-    groups = groups.float()
-    absmax = symmetric_scale(groups, scheme.weight_bits)
-    best = torch.ones_like(absmax)
-    smallest = torch.full_like(absmax, torch.inf)
-    # Eight-bit kernels expect positive scales, and one integer of 256 is not worth a sign.
-    signs = (1,) if scheme.weight_bits == 8 else (1, -1)
-    for ratio in _RATIOS:
-        for signed in (ratio * sign for sign in signs):
-            scale = (absmax * signed).to(scheme.scale_dtype)
-            error = (fake_quantize(groups, scale, bits=scheme.weight_bits) - groups).square_()
-            if importance is not None:
-                error = error.mul_(importance)
-            error = error.sum(-1, keepdim=True)
-            better = error < smallest
-            best = torch.where(better, signed, best)
-            smallest = torch.where(better, error, smallest)
-    return best
-
-
-_RATIOS = [step / 40 for step in range(44, 9, -1)]  # 1.1 down to 0.25 of the absmax scale
 
 _QUIET = 0.1
 """Below this share of a usual group's largest weight a group has its growing still to do."""

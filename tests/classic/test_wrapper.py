@@ -238,6 +238,59 @@ def test_calibration_is_static_post_training_quantization(task):
     assert accuracy(int8, task.test).value > accuracy(net, task.test).value - 0.03
 
 
+def outlying_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)
+    )
+    net[0].weight.data[:, 0, 0, 0] *= 8  # what a range up to the largest weight suffers from
+    return net.eval()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_searched_ranges_round_the_weights_better_and_convert(bits):
+    x = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    error = {}
+    for search in (False, True):
+        wrapper = QuantWrapper(outlying_net()).prepare_qat(bits).calibrate([x], search=search)
+        conv = wrapper.model[0]
+        fold = (conv.bn.weight / (conv.bn.running_var + conv.bn.eps).sqrt()).view(-1, 1, 1, 1)
+        weight = conv.weight * fold
+        error[search] = float((conv.weight_fake_quant(weight) - weight).detach().square().sum())
+        converted = wrapper.convert()
+        assert torch.equal(converted(x).argmax(1), wrapper(x).argmax(1))
+        assert torch.allclose(converted(x), wrapper(x), atol=0.3 * float(wrapper(x).abs().max()))
+    assert error[True] < (0.9 if bits < 8 else 1.001) * error[False]
+
+
+def test_batch_norm_is_measured_anew_under_rounding():
+    batches = list(torch.rand(3, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    net = outlying_net()
+    wrapper = QuantWrapper(net).prepare_qat(2).calibrate(batches, search=True, batch_norm=True)
+    conv = wrapper.model[0]
+    fold = (conv.bn.weight / (conv.bn.running_var + conv.bn.eps).sqrt()).view(-1, 1, 1, 1)
+    rounded = conv.weight_fake_quant(conv.weight * fold) / fold
+    seen = [torch.nn.functional.conv2d(wrapper.quant(x), rounded, net[0].bias) for x in batches]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+    assert torch.allclose(conv.bn.running_mean, mean, atol=0.02)  # the inputs are rounded, too
+    assert not torch.allclose(net[1].running_mean, mean, atol=0.02)
+    assert conv.bn.momentum == net[1].momentum
+    assert not conv.bn.training
+    assert torch.equal(wrapper.convert()(batches[0]).argmax(1), wrapper(batches[0]).argmax(1))
+
+
+def test_a_searched_range_comes_back_with_the_state():
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    wrapper = QuantWrapper(outlying_net()).prepare_qat(2).calibrate([x], search=True)
+    again = QuantWrapper(outlying_net()).prepare_qat(2)
+    again(x)
+    again.load_state_dict(wrapper.state_dict())
+    assert torch.equal(again.eval()(x), wrapper(x))
+    older = {k: v for k, v in wrapper.state_dict().items() if not k.endswith("ratio")}
+    again.load_state_dict(older)
+    assert not torch.equal(again(x), wrapper(x))
+
+
 def test_calibration_without_a_batch_is_an_error():
     qat = QuantWrapper(small_net()).prepare_qat()
     for loader, batches in ([], 8), ([torch.rand(1, 3, 32, 32)], 0):

@@ -1,4 +1,4 @@
-"""The study of SmolLM2: its arms do what they say, no control is void, rates are chosen inside."""
+"""The studies: their arms do what they say, no control is void, rates are chosen inside."""
 
 import copy
 import json
@@ -10,21 +10,20 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks import smollm2
-from benchmarks.excerpts import Texts
-from benchmarks.smollm2 import (
-    DEFAULT,
+from benchmarks import docs_lm, smollm2
+from benchmarks.arms import (
     FLOAT,
-    LEARNED,
-    TORCHAO,
+    IMITATING_FLOAT,
     TUNING,
     W2,
     Arm,
+    Budget,
     CapturableStep,
     Imitation,
     Job,
     Study,
 )
+from benchmarks.excerpts import Texts
 from companion import prepare_qat
 from companion.training.losses import distillation_loss
 
@@ -48,7 +47,8 @@ def study(tmp_path) -> Study:
     held_out = {part: rows[:8, :255].int() for part in ("validation", "test")}
     packages = {part: ["a"] * 8 for part in held_out}
     texts = Texts(dict.fromkeys((0, 1, 2, TUNING), rows), held_out, packages, "", {})
-    return Study(tmp_path, texts, tiny(), torch.device("cpu"), math.inf, small=True)
+    budget = Budget((2e-5, 6e-5, 2e-4), (5e-5, 1.5e-4, 5e-4))
+    return Study(tmp_path, texts, tiny(), torch.device("cpu"), math.inf, budget, small=True)
 
 
 def test_imitation_is_the_distillation_loss():
@@ -74,8 +74,12 @@ def test_capturable_steps_are_learned_steps():
     assert all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0])
 
 
-@pytest.mark.parametrize("arm", [FLOAT, Arm("float", "teacher"), LEARNED, TORCHAO, DEFAULT])
+ARMS = {job.arm for module in (smollm2, docs_lm) for job in module.jobs() if isinstance(job, Job)}
+
+
+@pytest.mark.parametrize("arm", sorted(ARMS, key=lambda arm: arm.name), ids=lambda arm: arm.name)
 def test_no_arm_and_no_control_is_void(arm, study):
+    assert IMITATING_FLOAT in ARMS
     job = Job(arm, None if arm.method == "float" else W2)
     before = copy.deepcopy(study.start)
     record = study.run(job, 0, 1e-2, test=True)
@@ -104,24 +108,24 @@ def test_rates_are_tried_until_the_best_is_inside(best, trials, study, monkeypat
         return {"validation_loss": abs(math.log(rate / best))}
 
     monkeypatch.setattr(study, "run", run)
-    assert study.tune(Job(LEARNED, W2)) == pytest.approx(best, rel=0.2)
+    assert study.tune(Job(Arm("lsq"), W2)) == pytest.approx(best, rel=0.2)
     assert len(tried) == trials
 
 
 def test_what_was_measured_on_test_had_its_rate_chosen_inside():
     for record in RECORDS:
-        if "loss" in record and "rate" in record:
+        if "loss" in record and record["lr"]:
             trials = {
-                r["rate"]: r["validation_loss"]
+                r["lr"]: r["validation_loss"]
                 for r in RECORDS
                 if r["name"].split(", draw")[0] == record["name"].split(", draw")[0]
-                and r.get("draw") == TUNING
+                and r["seed"] == TUNING
             }
             best = min(trials, key=trials.get)
-            assert record["rate"] == best, record["name"]
+            assert record["lr"] == best, record["name"]
             assert len(trials) >= 3
             assert min(trials) < best < max(trials), record["name"]
-            assert record["steps"] in (smollm2.STEPS, smollm2.LONG)
+            assert record["steps"] in (smollm2.BUDGET.steps, smollm2.LONG)
             assert sum(record["total"]) / sum(record["weight"]) == pytest.approx(
                 record["loss"], 1e-4
             )

@@ -1,0 +1,115 @@
+"""docs-lm under rounding: what training takes back, each arm against what it differs from.
+
+    python -m benchmarks.docs_lm                     (about four hours on two cores)
+    python -m benchmarks.docs_lm --workers 2         (one process on each core: two and a half)
+    python -m benchmarks.docs_lm --costs             (the time of a step of each arm; two minutes)
+
+100 optimizer steps of 1,024 tokens on docstrings, as docs-lm was pre-trained on, with test excerpts
+from other source files and three draws of the training text. There is nothing new to learn: what is
+measured is how much of the rounding's damage comes back. See benchmarks.arms for what the arms
+share, and benchmarks/hypotheses.md for the rules. Writes benchmarks/results/docs_lm.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from statistics import median
+
+import torch
+
+from benchmarks.arms import (
+    FLOAT,
+    IMITATING_FLOAT,
+    SEEDS,
+    W2,
+    W3,
+    W4,
+    Arm,
+    Budget,
+    Imitation,
+    Job,
+    Work,
+    command,
+    prepare_torchao,
+)
+from benchmarks.provenance import RESULTS, as_json
+from companion import fit, load_pretrained, prepare_qat
+from companion.training.losses import default_loss
+
+BUDGET = Budget((3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3), rows=4, looks=2)
+METHODS = ("lsq", "torchao", "absmax")
+ROUNDS = 12
+
+
+def jobs() -> Work:
+    """In the order of their weight."""
+    learned = Arm("lsq", calibrated=True)
+    with_labels = [learned, Arm("torchao"), Arm("lsq"), Arm("absmax")]
+    taught = [replace(arm, target="teacher") for arm in with_labels[:2]]
+    late = [replace(arm, start="late") for arm in taught]
+    queue: list = [Job(FLOAT)]
+    queue += [("ptq", scheme, draw) for scheme in (W2, W3, W4) for draw in SEEDS]
+    queue += [Job(arm, scheme) for scheme in (W2, W3) for arm in with_labels[:2] + taught]
+    queue += [Job(arm, scheme) for scheme in (W2, W3) for arm in with_labels[2:]]
+    queue += [Job(IMITATING_FLOAT)]
+    queue += [Job(arm, W4) for arm in with_labels[:2] + taught]
+    queue += [Job(arm, scheme) for scheme in (W2, W3) for arm in late]
+    return queue
+
+
+def costs() -> dict[str, float]:
+    """Time of an optimizer step of each method and target over the float step's, interleaved."""
+    start = load_pretrained("docs-lm")
+    rows = torch.randint(1, start.config.vocab_size, (BUDGET.rows, 256))
+    teacher = Imitation(copy.deepcopy(start).eval())
+    losses = {"labels": default_loss, "teacher": teacher}
+    models = {"float": copy.deepcopy(start)}
+    models |= {method: prepare_qat(start, W2, method) for method in METHODS if method != "torchao"}
+    models["torchao"], _ = prepare_torchao(copy.deepcopy(start), W2)
+    taken: dict[str, list[float]] = {}
+    for _, (name, target) in product(range(ROUNDS), product(models, losses)):
+        began = time.perf_counter()
+        fit(models[name], [{"input_ids": rows, "labels": rows}], steps=3, lr=1e-5,
+            loss_fn=losses[target], progress=False)  # fmt: skip
+        taken.setdefault(f"{name}, {target}", []).append(time.perf_counter() - began)
+    reference = median(taken["float, labels"])
+    return {name: round(median(times) / reference, 3) for name, times in taken.items()}
+
+
+def known_costs() -> dict:
+    """What an earlier `--costs` measured."""
+    path = RESULTS / "docs_lm.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return {"costs": kept["costs"]} if "costs" in kept else {}
+
+
+def cost_of(method: str, costs: dict[str, float], late: float = 0.75) -> float:
+    """Training time of an arm over the float control's, by its name in the results file.
+
+    Examples
+    --------
+    >>> cost_of("lsq, teacher, late", {"float, labels": 1.0, "lsq, teacher": 1.4}, late=0.5)
+    1.2
+    """
+    name, target, start = ([*method.split(", "), "labels", "first"])[:3]
+    rounded = costs[f"{name}, {target}"]
+    return late * costs["float, labels"] + (1 - late) * rounded if start == "late" else rounded
+
+
+def add_costs() -> None:
+    """Write the costs into the results file, and leave the rest as it is."""
+    path = RESULTS / "docs_lm.json"
+    content = json.loads(path.read_text()) | {"costs": costs()}
+    path.write_text(as_json(content))
+
+
+if __name__ == "__main__":
+    if "--costs" in sys.argv:
+        add_costs()
+    else:
+        command("docs_lm", "docs-lm", jobs(), BUDGET, __doc__, known_costs)
