@@ -11,7 +11,7 @@
 #
 # **What you will learn**
 #
-# - the five steps of quantization-aware fine-tuning as they are usually told, each in a few lines;
+# - the five steps of a recipe for quantization-aware fine-tuning, each in a few lines;
 # - five checks that show, on any model, whether quantization took place;
 # - why the natural repair of the recipe trains nothing, and does so without an exception;
 # - which chapter mends which step.
@@ -41,10 +41,16 @@ from companion.course.check import check
 from companion.course.figures import curves
 from companion.errors import NothingToTrain
 
-# upstream announces removal at every call; chapter 5 says more
+# upstream announces its removal; chapter 5 says where
 warnings.filterwarnings("ignore")
 
 # %% [markdown]
+# The card's five lines are those of the chapter that this course retells, *Quantization-aware
+# Fine-Tuning of Large Language Models* (chapter 12 of a book on quantized language models in
+# PyTorch). In our words: load a pre-trained model and the data; call `quantize_dynamic` on the model;
+# put a `QuantWrapper` around it; train; evaluate. From here on this is *the source recipe*, or just
+# the recipe. PyTorch's own order is another one, to which the end of this chapter comes back.
+#
 # The recipe promises {term}`quantization-aware training`: {term}`fine-tuning` in which the model
 # already feels the coarse numbers it will be served with. It is told about language models and
 # then shown on an image network; Part I does as it is shown. We follow it on ResNet-18
@@ -52,9 +58,9 @@ warnings.filterwarnings("ignore")
 #
 # ## Step 1: a pre-trained model and data
 #
-# The model has seen the digits 0 to 4; the task is 5 to 9, with few labels. (The usual telling
+# The model has seen the digits 0 to 4; the task is 5 to 9, with few labels. (The source recipe
 # fetches the model with `torch.hub`, which runs code out of a repository, and with
-# `pretrained=True`, which torchvision has retired. `load_pretrained` goes through torchvision's
+# `pretrained=True`, which torchvision has deprecated. `load_pretrained` goes through torchvision's
 # own weights, or through a stand-in that needs no network.)
 
 # %%
@@ -141,7 +147,7 @@ print(f"Accuracy: {100 * result.value:.0f} %")
 print("learned the task:", result.value >= 0.75)
 
 # %% [markdown]
-# Five steps done, no error, a good number at the end. Here the usual telling stops.
+# Five steps done, no error, a good number at the end. Here the source recipe stops.
 #
 # ## What happened?
 #
@@ -271,7 +277,9 @@ print("now:", kind.__module__, "-", kind.__name__)
 print("its parameters:", list(classifier.parameters()))
 
 # %% [markdown]
-# Nothing is raised. There is one warning, which a first cell like ours hides; here it is.
+# Nothing is raised. There is one warning, which a first cell like ours hides; here it is. (A
+# *kernel* is the compiled routine that carries out one operation. The one that the warning misses
+# would carry the gradient back through it.)
 
 # %%
 with warnings.catch_warnings(record=True) as seen:
@@ -341,9 +349,10 @@ print(f"share of the parameters in the linear layer: {100 * share:.1f} %")
 #
 # ## What a repaired recipe should show
 #
-# The order has to be another: fake quantization first, training second, integers last. The
-# companion's `QuantWrapper` does the first in `prepare_qat()`, on the variant of ResNet-18 that
-# can be quantized. Chapters 5 and 6 build it; for now the same checks:
+# The order has to be another, and it is the one that PyTorch has written into its own
+# `quantize_qat`: *prepare*, which puts fake quantization in; *train*; *convert*, which makes the
+# integers, last. The companion's `QuantWrapper` does the first in `prepare_qat()`, on the variant of
+# ResNet-18 that can be quantized. Chapters 5 and 6 build it; for now the same checks:
 
 # %%
 prepared = companion.QuantWrapper(
@@ -442,6 +451,12 @@ check("ch01-gradients", reached)
 # - With the linear layer included, the gradient stops at an operation that has none, no parameter
 #   trains, and the loss repeats itself. PyTorch warns once; `fit` raises `NothingToTrain`.
 # - Each step has a chapter that mends it; the next one starts with the model and the data.
+#
+# :::{epigraph}
+# Dorothy turned the card over. The back was empty, so she ruled as many lines on it as the front
+# had, and wrote behind the first: *lift the basket, before and after.* Toto lay down, for this was
+# the first thing anybody had said all day with which he agreed.
+# :::
 #
 # ## References
 #

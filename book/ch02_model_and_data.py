@@ -169,13 +169,17 @@ file = weights.url.rpartition("/")[2]
 print(f"{weights.meta['num_params']:,} parameters, in {file}")
 
 # %% [markdown]
-# The enum names one set of weights for good, knows the preprocessing they expect, and the hex
-# digits in the file's name are the beginning of its hash, which the companion asks torchvision
-# to check. The older `pretrained=True` means "whatever was the default", and has been deprecated
-# since such enums exist. The usual telling of the recipe goes further astray with
-# `torch.hub.load("owner/repository", ...)`: it downloads a repository and *runs* its
-# `hubconf.py`. That is a stranger's code with your rights, in whatever state its main branch is
-# today, where all you wanted was a file of numbers.
+# A member of the enum, such as the `IMAGENET1K_V1` that was printed, names one set of weights for
+# good and knows the preprocessing they expect. `DEFAULT` does not: it stands for the best set that
+# torchvision has at the moment, and moves on when a better one is added, as it has for some other
+# networks. Whoever wants to repeat a result writes down the member. The older `pretrained=True` is
+# the one that stays put, for it still means the first set, `IMAGENET1K_V1`; it has been deprecated
+# since such enums exist. The hex digits in the file's name are the beginning of its hash, which the
+# companion asks torchvision to check.
+#
+# The source recipe goes further astray with `torch.hub.load("owner/repository", ...)`: it downloads
+# a repository and *runs* its `hubconf.py`. That is a stranger's code with your rights, in whatever
+# state its main branch is today, where all you wanted was a file of numbers.
 #
 # What is pre-trained, then, and what is fresh?
 
@@ -347,11 +351,11 @@ curves(loss, xlabel="step", ylabel="training loss")
 
 # %% [markdown]
 # Both begin with a fresh classifier and look alike for a while; then the pre-trained one pulls
-# ahead. But the training loss is only what the model was pushed to do. What counts is the test part, and with a
-# few hundred images a share of correct answers is uncertain. So each comes with its 95 %
-# {term}`Wilson interval` {cite}`wilson1927`, and the two models are compared on the same images:
-# the {term}`paired difference`, with a {term}`bootstrap` interval {cite}`efron1979`. [](ch07)
-# builds both by hand.
+# ahead. But the training loss is only what the model was pushed to do. What counts is the test
+# part, and with a few hundred images a share of correct answers is uncertain. So each comes with
+# its 95 % {term}`Wilson interval` {cite}`wilson1927`, and the two models are compared on the same
+# images: the {term}`paired difference`, with a {term}`bootstrap` interval {cite}`efron1979`.
+# [](ch07) builds both by hand.
 
 # %% tags=["nbval-ignore-output"]
 tuned, truth = predict(model, task.test)  # (596,), (596,)
@@ -424,10 +428,10 @@ for name, got in (("tuned", tuned_fast), ("scratch", fresh_fast)):
     glue(f"ch02-{name}-fast", share, display=False)
 
 # %% [markdown]
-# These margins were not fixed in the dark. Trial runs had shown that from scratch catches up, and
-# with some seeds or rates goes ahead, so we state only what held in all of them: fine-tuning has
-# no clear lead (its interval does not lie above zero), and from scratch at its better rate beats
-# fine-tuning at the small one.
+# These two margins were not fixed in the dark: trial runs had already told us that training from
+# scratch catches up. So the verdict asks for little. It says that fine-tuning has no clear lead (its
+# interval does not lie above zero), and that from scratch at its better rate beats fine-tuning at
+# the small one.
 
 # %%
 print("fine-tuning has no clear lead:", high_rate.difference.low <= 0)
@@ -436,11 +440,12 @@ print("from scratch at 0.02 above fine-tuned at 0.001:", ahead)
 
 # %% [markdown]
 # Here it is {glue:text}`ch02-tuned-fast:.3f` against {glue:text}`ch02-scratch-fast:.3f`. On these
-# digits, then, pre-training bought a good result at a learning rate too small for anything else,
-# and nothing that a better rate would not have given. That is no verdict on fine-tuning at
-# large. Our stand-in has seen a few hundred images in under a minute, and scanned digits are
-# easy; weights that took millions of images or texts to train cannot be had again in a few steps
-# at any rate, and this page does not measure them.
+# digits, then, the pre-trained start was worth having at the small learning rate, at which the
+# fresh start had not come as far by the last step. At the larger rate it gave no clear lead,
+# whichever way the difference printed above may point. That is no verdict on fine-tuning at large.
+# Our stand-in has seen a few hundred images in under a minute, and scanned digits are easy; weights
+# that took millions of images or texts to train cannot be had again in a few steps at any rate, and
+# this page does not measure them.
 #
 # Part I keeps the small rate of the source recipe all the same. Its chapters compare models that
 # start and train alike and differ only in their integers. But read their accuracies as those of a
@@ -524,6 +529,12 @@ check("ch02-share", linear_share)
 #   Nearly all of a ResNet-18 is convolutions; its one linear layer is a sliver.
 # - `fit` gives the weights of a loop written by hand, bit for bit, and a run that was cut off and
 #   resumed gives those of a run that was not.
+#
+# :::{epigraph}
+# A barefoot girl had set out beside Dorothy and fallen behind. The next day both were told to walk
+# at the pace that suited them, and at the gate neither had to wait for the other. Dorothy thanked
+# the silver shoes all the same, and noted in her book how fast each of the two had been walking.
+# :::
 #
 # ## References
 #

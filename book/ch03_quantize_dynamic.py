@@ -36,7 +36,7 @@ from companion.course.check import check
 from companion.course.figures import bars
 from companion.errors import NothingToTrain
 
-# upstream announces removal at every call; chapter 5 says more
+# upstream announces its removal; chapter 5 says where
 warnings.filterwarnings("ignore")
 generator = torch.Generator().manual_seed(0)
 
@@ -113,7 +113,8 @@ print(f"rounded weights alone: {error(rounded_weights, exact):.3f}")
 #
 # a sum of integers and one multiplication at the end. On x86 processors the inputs get only half
 # of their 256 integers. The reason is a vector instruction that adds two products in a 16-bit
-# register:
+# register. (PyTorch calls the library that does its integer arithmetic the *quantized engine*. The
+# one for ARM processors is `qnnpack`, and the second cell below asks whether it is in use.)
 
 # %%
 print("largest number that 16 bits hold:  ", torch.iinfo(torch.int16).max)
@@ -188,12 +189,14 @@ print(*ordinary, sep="\n")
 print("Conv2d on the list:", nn.Conv2d in table)
 
 # %% [markdown]
-# Linear layers, recurrent layers, and two kinds of embedding (which want settings of their
-# own). No convolution. Dynamic quantization pays where time goes into fetching weights that
-# are used for a few rows and dropped; a convolution uses each of its weights at many positions
-# of the image. Upstream does have a dynamic `Conv2d` class, and warns against it for its poor
-# numerical accuracy. Leaving convolutions out is sound, then. What is missing is a word to the
-# caller, and a small helper can supply it.
+# Linear layers, one of them with a long name that we shall meet again; recurrent layers; and two
+# kinds of embedding, which want settings of their own. There is no convolution. Dynamic
+# quantization is meant for layers that spend their time waiting for weights: a linear layer fetches
+# each weight from memory, uses it once for every row of a small batch, and is done with it, so that
+# it gains when a weight has fewer bytes. A convolution uses each of its weights again at many
+# positions of the image, and waits less. Upstream does have a dynamic `Conv2d` class, and warns
+# against it for its poor numerical accuracy. Leaving convolutions out is sound, then. What is
+# missing is a word to the caller, and a small helper can supply it.
 
 
 # %%
@@ -254,10 +257,11 @@ print("bytes before and after:  ", *sizes)
 print(f"same output, bit for bit: {same}")
 
 # %% [markdown]
-# No exception, no warning, no integer. There are two more ways to be passed over. The class
-# must be *exactly* one that was asked for, so the output layer of attention, a subclass of
-# `Linear`, is skipped; and so are weights that sit in a layer outside the list, such as
-# attention's input projection.
+# There was no exception, no warning that anything had been left out, and no integer. There are two
+# more ways to be passed over. Whoever asks for a class does not ask for its subclasses: the output
+# layer of attention is a `NonDynamicallyQuantizableLinear`, a `Linear` that stands on the list under
+# a name of its own, and a call for `nn.Linear` does not reach it. And weights that sit in a layer
+# outside the list stay float whatever is asked for, such as attention's input projection.
 
 # %%
 block = nn.TransformerEncoderLayer(d_model=64, nhead=4)
@@ -326,7 +330,8 @@ for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
 
 # %% [markdown]
 # Its thousand-class `Linear` is all that this call can reach. A convolutional network needs the
-# other road, on which convolutions do have integer kernels: [](ch05).
+# other road, on which convolutions do have integer kernels, compiled routines that compute them on
+# integers: [](ch05).
 #
 # ## Why a quantized layer does not train
 #
@@ -451,13 +456,19 @@ check("ch03-bytes", predicted)
 # - Dynamic quantization replaces a `Linear` or an `LSTM` by a class that holds int8 weights and
 #   rounds its inputs anew at every call, on one grid for the whole batch. We computed the same
 #   outputs by hand, and a loud row spoiled its neighbours'.
-# - Classes that are not on the list, subclasses of those that are, and layers without a parent
-#   are passed over in silence: all convolutions of a ResNet-18 stayed float. Compare the
+# - Classes that are not on the list, subclasses of the one that was asked for, and layers without a
+#   parent are passed over in silence: all convolutions of a ResNet-18 stayed float. Compare the
 #   classes before and after.
 # - The file shrinks to $1 - \tfrac34 p$, where $p$ is the share of parameters that were swapped:
 #   a quarter for an LSTM, next to nothing for ResNet-18.
 # - A quantized layer has no parameters and lets no gradient through, although the output says
 #   it requires one. Train first, or train with fake quantization.
+#
+# :::{epigraph}
+# "And what do you say to those who are not on it?" Dorothy asked. "Nothing," said the guardian, "and
+# they have never complained." So she walked once around the city, wrote down every tower by name,
+# and at dusk came back to ask whether she might borrow a pair of spectacles for the night.
+# :::
 #
 # ## References
 #

@@ -4,15 +4,15 @@
 #
 # :::{epigraph}
 # The road of yellow bricks had one rule: you may stand on a brick, never between two. "Then I
-# cannot stop where I like," said Dorothy. "No," said the Scarecrow, "but you are never more than
-# half a brick away from it." He was silent for a few steps. "Unless the road ends before you
-# do," he added. "So the first thing to settle is how long a brick should be."
+# cannot stop where I like," said Dorothy. "No," said the old paver who was laying it, "but you are
+# never more than half a brick away from it." She knocked another one into place. "Unless the road
+# ends before you do," she added. "So the first thing to settle is how long a brick should be."
 # :::
 #
 # **What you will learn**
 #
 # - how a scale, a zero point, rounding and clipping turn real numbers into integers and back;
-# - why kernels multiply by the reciprocal of the scale, and which numbers notice;
+# - why PyTorch multiplies by the reciprocal of the scale, and which numbers notice;
 # - what a scale per tensor, per channel and per group each cost in bits and in error;
 # - how an observer chooses a range from data, and what one outlier does to it;
 # - that every formula of this chapter is, bit for bit, what PyTorch computes.
@@ -43,7 +43,7 @@ from companion.course.figures import curves, histogram
 from companion.errors import SchemeError
 from companion.numerics.affine import to_groups
 
-# upstream announces removal at every call; chapter 5 says more
+# upstream announces its removal; chapter 5 says where
 warnings.filterwarnings("ignore")
 
 # %% [markdown]
@@ -115,8 +115,8 @@ print("their means: ", even.mean().item(), up.mean().item())
 # Ties sound rare, but the formula above makes one in every group of weights that shares a
 # scale: the largest magnitude, divided by the scale, lies in the middle between two integers.
 # The last digit then decides on which side it falls. Our most negative weight shows it: PyTorch's
-# kernels compute $1/s$ once and multiply, since a division costs more, and in float32 that is not
-# quite the same number.
+# kernels (the compiled routines that carry out its operations) compute $1/s$ once and multiply,
+# since a division costs more, and in float32 that is not quite the same number.
 
 # %%
 ways = {"divided   ": w[0] / scale, "multiplied": w[0] * (1 / scale)}
@@ -174,16 +174,18 @@ for bits in (8, 4, 3, 2):
     print(f"{bits} bits: equal {same}, {used} values in use")
 
 # %% [markdown]
-# Not every integer is in use. At 8 bits some have no weight near them; at the narrow widths it is
-# one end of the grid, since only the largest magnitude reaches the last integer, and only on its
-# own side of zero.
+# Not every integer is in use. At 8 bits some have no weight near them. At the narrow widths one is
+# missing, the lowest. The grid reaches one step further below zero than above it, and only the
+# weight of largest magnitude could land on that last step; when that weight is positive, it lands
+# on the upper end of the grid instead, and the lower end stays empty.
 #
 # ## Moving the zero: asymmetric grids
 #
-# Weights scatter around zero, so a symmetric grid suits them. Activations often do not: what
-# leaves a GELU is hardly ever below zero. A symmetric grid spends half of its integers on values
-# that do not occur. An asymmetric grid runs from the smallest to the largest value instead, and
-# the {term}`zero point` $z$ is the integer that stands for 0:
+# Weights scatter around zero, so a symmetric grid suits them. Activations often do not: many of the
+# values that leave a GELU are below zero, but none is far below it, while upwards they go as far as
+# their inputs do. A symmetric grid must reach as far down as up, so nearly all of its integers below
+# zero stand idle. An asymmetric grid runs from the smallest to the largest value instead, and the
+# {term}`zero point` $z$ is the integer that stands for 0:
 #
 # $$ s = \frac{x_{\max} - x_{\min}}{q_{\max} - q_{\min}}, \qquad
 # z = q_{\min} - \operatorname{round}\!\Big(\frac{x_{\min}}{s}\Big), \qquad
@@ -309,9 +311,10 @@ curves(
 #
 # $$ \frac1s \int_{-s/2}^{s/2} e^2\, \mathrm{d}e = \frac{s^2}{12}. $$
 #
-# One more bit halves $s$ and so divides the error by four, which is
-# $10 \log_{10} 4 \approx 6$ decibels of signal-to-noise ratio: the *6 dB per bit* of audio
-# engineers. On uniform values, measured and predicted:
+# One more bit halves $s$ and so divides the error by four. The signal-to-noise ratio, which is the
+# mean square of the values over the mean square of their errors, then grows by
+# $10 \log_{10} 4 \approx 6$ decibels: the *6 dB per bit* of audio engineers. On uniform values,
+# measured and predicted:
 
 # %%
 u = torch.rand(100_000, generator=generator, dtype=torch.double).float()
@@ -444,8 +447,9 @@ for name, scheme in zip(names, schemes, strict=True):
 
 # %% [markdown]
 # The default `scale_dtype` is float16, as in the files that deployed models are stored in. The
-# scale is computed in float32 and then rounded. That moves the end of the grid by a hair, and the
-# largest weight of a group off its tie; the error hardly notices.
+# scale is computed in float32 and then rounded. That moves the end of the grid by a hair, so that
+# the largest weight of a group need no longer lie exactly in the middle between two integers. The
+# error hardly changes.
 
 # %%
 rows = to_groups(weight, 32)
@@ -650,6 +654,12 @@ check("ch04-groups", group_error)
 # - An observer takes a range from data; one stray value stretches it, a moving average less, and
 #   a search for the least error clips only where bits are few.
 # - By hand, companion and PyTorch agreed in every comparison, by `torch.equal`.
+#
+# :::{epigraph}
+# Before midnight the spectacles lay in pieces on the paver's bench. "There is no magic in them," said
+# Dorothy, "only a length, and a place to count from." "And somebody," said the old woman, "who had to
+# choose the length before she knew who would be walking there."
+# :::
 #
 # ## References
 #

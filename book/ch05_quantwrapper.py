@@ -86,9 +86,11 @@ with torch.no_grad():
 #
 # :::{admonition} A road that is being taken up
 # :class: note
-# Everything in `torch.ao.quantization` is deprecated upstream, and its calls say so. In the
-# PyTorch that this course pins, it works. We walk it because the recipe does, and because nothing
-# shows the parts as plainly. New projects should start from the right-hand column:
+# All of `torch.ao.quantization` is deprecated upstream. The calls that prepare or convert a model say
+# so each time: `quantize_dynamic`, `prepare`, `prepare_qat` and `convert`. Other parts keep silent
+# about it, among them `fuse_modules`, `FakeQuantize` and `MinMaxObserver`. In the PyTorch that this
+# course pins, everything works. We walk this road because the recipe does, and because nothing shows
+# the parts as plainly. New projects should start from the right-hand column:
 #
 # | here | its successor, in torchao |
 # |---|---|
@@ -103,7 +105,8 @@ with torch.no_grad():
 # ## The carpenter's two questions: a qconfig
 #
 # Upstream asks for a {term}`qconfig`: a pair of constructors, one for whatever watches
-# activations, one for whatever watches weights. Constructors, since every layer needs its own.
+# activations, one for whatever watches weights. It holds constructors and no finished observers,
+# because each layer needs an observer of its own, to be made when the layer is prepared.
 
 # %%
 qconfig = ao.QConfig(
@@ -122,8 +125,9 @@ print("integers for weights:    ", second.quant_min, "to", second.quant_max)
 
 # %% [markdown]
 # Weights get signed integers and a scale per channel, as [](ch04) recommends. Activations get
-# unsigned ones and a single scale, because the kernels that multiply them want it so; the range
-# stops at 127, of which more below. The {term}`observer` in either place comes from chapter 4.
+# unsigned ones and a single scale, because the kernels, the compiled routines that multiply them,
+# want it so; the range stops at 127, of which more below. The {term}`observer` in either place comes
+# from chapter 4.
 #
 # ## Fusion: batch norm disappears into the convolution
 #
@@ -203,7 +207,8 @@ print("same outputs:", same)
 # Now upstream's three calls on the small network. `prepare` puts observers where the qconfig says,
 # a forward pass lets them watch ({term}`calibration`), and `convert` replaces layers by integer
 # ones. This is {term}`static quantization`: unlike in [](ch03), the ranges of the activations are
-# settled before the model is used.
+# settled before the model is used. (The first line of the cell chooses the *quantized engine*, the
+# library of kernels with which PyTorch does its integer arithmetic.)
 
 # %%
 torch.backends.quantized.engine = "x86"
@@ -255,8 +260,8 @@ print("equal in more than 99 of 100:  ", equal > 0.99)
 
 # %% [markdown]
 # ReLU is nowhere to be seen: it is the lower end of the clipping. We allow a step between ours and
-# theirs, since engines differ in how they round the bias; on the machine that made these pages not
-# one of the outputs differed.
+# theirs, since engines differ in how they round the bias, and ask that more than 99 of 100 outputs
+# be the same integer.
 #
 # The companion takes the same steps with three calls. Its `prepare_qat` inserts
 # {term}`fake quantization`, which rounds *and* watches, so that one preparation serves
@@ -291,8 +296,9 @@ for bits in (8, 4, 2):
 # ## Half of the integers
 #
 # Activations have integers from 0 to 255, yet the observers above aim at 127. The reason is an
-# instruction. On x86 processors without VNNI, a kernel multiplies unsigned by signed bytes, and
-# adds two neighbouring products in 16 bits; what does not fit is cut off without notice.
+# instruction. On x86 processors without VNNI (instructions of newer ones, which add up products of
+# bytes in 32 bits), a kernel multiplies unsigned by signed bytes, and adds two neighbouring products
+# in 16 bits; what does not fit is cut off without notice.
 
 # %%
 print("room in 16 bits:          ", 2**15 - 1)
@@ -304,7 +310,7 @@ print("two products, up to 127:  ", 2 * 127 * 128)
 # `reduce_range`. The companion spreads the observed range over 0 to 127 as well, but leaves
 # the integers above it in use, in training as in serving: a value beyond the range that was seen
 # is then not cut off at once. (Two such values side by side can still be too much for such a
-# processor; they are rare.)
+# processor.)
 #
 # ## Additions have to be modules
 #
@@ -350,8 +356,9 @@ except UnsupportedModel as error:
 
 # %% [markdown]
 # The quantizable variant of torchvision has modules for its additions, but also stubs of its own.
-# Inside a wrapper there are then two at the entrance, and the second quantizes what is quantized.
-# The companion takes the inner ones out and keeps its own.
+# Inside a wrapper, two of them then stand one behind the other at the entrance: the outer one turns
+# the image into integers, and the inner one, which expects floats, is given those integers and
+# fails. The companion takes the inner ones out and keeps its own.
 
 # %%
 print("upstream: ", through_upstream(model))
@@ -575,8 +582,9 @@ print("agree on 90 %:", (answers_turned == answers_int8).mean() >= 0.90)
 
 # %% [markdown]
 # A few images change sides for no better reason than the order of four batches. Keep this in
-# mind when somebody reports a tenth of a percent. More batches than these would help; so would
-# training, in which ranges and weights see each other. That is [](ch06).
+# mind when somebody reports a tenth of a percent. Were there more batches, the first would count
+# for less. And a model can be trained while it is being watched, so that ranges and weights see
+# each other: that is [](ch06).
 #
 # ## Exercises
 #
@@ -659,6 +667,12 @@ check("ch05-find", find)
 #   result, in every output within a step.
 # - We compared on the same images: int8 against float, fake against real, the wrapper against
 #   upstream's calls. The file is about a quarter of the size.
+#
+# :::{epigraph}
+# By noon the carpenter had hung both doors. "I took the width from four visitors," he said, "and I
+# am afraid mostly from the first." Dorothy went in by the one and came out by the other, and on the
+# far side her model answered as it had answered before, or very nearly.
+# :::
 #
 # ## References
 #

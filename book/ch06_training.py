@@ -3,10 +3,9 @@
 # # Step 4: training behind the curtain
 #
 # :::{epigraph}
-# Toto knocked over the screen in the corner of the throne room, and there stood a small man with
-# his hands on the levers. The great green Head that spoke in seven tones was only what he showed;
-# he himself could move by a hair's breadth at a time. "Watch the Head," he said, "and you will
-# learn nothing. Watch my hands."
+# Toto pulled the curtain aside, and there sat a small man with a ruler in his hands. The great green
+# Head that spoke to the audience in seven tones was only what he showed; he himself could move by a
+# hair's breadth at a time. "Watch the Head," he said, "and you will learn nothing. Watch my hands."
 # :::
 #
 # Fake quantization is that arrangement. The layer sees only a few levels; behind the curtain every
@@ -48,7 +47,7 @@ from companion.course.check import check
 from companion.course.figures import curves, scatter, staircase
 from companion.evaluation.estimates import predict
 
-# upstream announces removal at every call; chapter 5 says more
+# upstream announces its removal; chapter 5 says where
 warnings.filterwarnings("ignore")
 generator = torch.Generator().manual_seed(0)
 
@@ -243,9 +242,9 @@ curves(
 # crosses the edge of a step and the integer flips. That is the whole mechanism.
 #
 # Notice how it ends. Neither 1.0 nor 1.5 is the target, each pushes towards the other, and the
-# weight hovers at the edge between them. A smaller learning rate makes it hover more closely; the
-# integer flips all the same. Two other starts, for comparison: with the true gradient nothing moves,
-# and a weight that begins outside the grid gets no gradient either.
+# weight hovers at the edge between them while the integer keeps flipping. Two other starts, for
+# comparison: with the true gradient nothing moves, and a weight that begins outside the grid gets no
+# gradient either.
 
 # %%
 tail = used[20:]
@@ -475,13 +474,14 @@ print("integers changed:", moved.sum().item() > 0)
 
 # %% [markdown]
 # A typical hidden weight of that layer moved by {glue:text}`ch06-shift:.3f` of a step, far less than
-# it takes to be rounded differently; {glue:text}`ch06-moved:.1%` of all integers changed. Those that
-# changed stood near an edge. The power was in the weights all along; a nudge in the right places
-# was enough.
+# it takes to be rounded differently; {glue:text}`ch06-moved:.1%` of all integers changed. A weight
+# that moves so little changes its integer only if it stood near an edge. The power was in the
+# weights all along; a nudge in the right places was enough.
 #
 # ## First trap: trained on one scale, served with another
 #
-# Upstream has no ready setting below 8 bits. The obvious way is to take `FusedMovingAvgObsFakeQuantize`,
+# For convolutions, upstream has no ready setting below 8 bits (for embeddings it has one,
+# `default_embedding_qat_qconfig_4bit`). The obvious way is to take `FusedMovingAvgObsFakeQuantize`,
 # which its default qconfig for training uses, and to narrow its range. It trains, and it converts.
 # But the scale that it rounds with during training is not the one that conversion reads from it. One
 # convolution is enough to see that.
@@ -524,8 +524,8 @@ for bits in (8, 4, 3, 2):
 #
 # $$ s_{\text{trained}} = \max\!\Big(\frac{\max w}{1}, \frac{-\min w}{2}\Big), \qquad s_{\text{converted}} = \frac{\max |w|}{3/2}, $$
 #
-# for two bits: the fused kernel makes the range fit on each side by itself, the observer fits a
-# grid that is symmetric.
+# for two bits: the fused kernel, a compiled routine that observes and rounds in one go, makes the
+# range fit on each side by itself; the observer fits a grid that is symmetric.
 
 # %%
 trained, converted = two_scales(narrowed(2))
@@ -544,8 +544,9 @@ scatter(
 )
 
 # %% [markdown]
-# The companion uses the observer that is not fused, `FakeQuantize`, whose scale comes from one
-# place. A {term}`qconfig` says so for the whole network:
+# The companion uses the module that is not fused, `FakeQuantize`. It asks the observer that it holds
+# for the scale, in training as at conversion, so there is only one. A {term}`qconfig` says so for the
+# whole network:
 
 # %%
 qconfig = make_qconfig(2, "x86", ao)
@@ -726,9 +727,15 @@ check("ch06-latent", flips)
 #   bit.
 # - `prepare_qat` adds observers and rounding, and no parameter; the loop that trains is the loop
 #   you know. Late in training, `freeze` holds the grid still.
-# - The scale used in training must be the scale that is served (upstream's fused observer breaks
-#   that when narrowed), and ties must fall the same way. The companion takes care of both, and the
+# - The scale used in training must be the scale that is served (upstream's fused module breaks that
+#   when narrowed), and ties must fall the same way. The companion takes care of both, and the
 #   converted network agrees with the one we trained.
+#
+# :::{epigraph}
+# "Then you are the Wizard?" said Dorothy. "The Wizard writes the cards," said the small man. "I keep
+# the ruler." He laid it down, for the lesson was over, and the bricks stayed where they were: the Head
+# went on speaking, and nobody in the audience could have told when the hands had left it.
+# :::
 #
 # ## References
 #

@@ -3,9 +3,9 @@
 # # Step 5: an honest evaluation
 #
 # :::{epigraph}
-# On the last evening Dorothy put her two models on the Wizard's scales. The needle trembled.
-# "The light one wins!" cried the Scarecrow. "By less than the needle trembles," said the Tin
-# Woodman, who had been promised a heart and was careful with other people's. So they weighed
+# On market day Dorothy put her two models on the honest scales of the green city. The needle
+# trembled. "The light one wins!" cried a boy in the crowd. "By less than the needle trembles," said
+# the woman whose scales they were, and who was careful with other people's goods. So they weighed
 # again, both models with the same weights in the other pan, and wrote down how far the needle
 # shook each time before they wrote down where it pointed.
 # :::
@@ -47,7 +47,7 @@ from companion.course.check import check
 from companion.course.figures import estimates, estimates_by_bits
 from companion.evaluation.estimates import paired, predict, proportion
 
-# upstream announces removal at every call; chapter 5 says more
+# upstream announces its removal; chapter 5 says where
 warnings.filterwarnings("ignore")
 
 # %% [markdown]
@@ -55,8 +55,9 @@ warnings.filterwarnings("ignore")
 #
 # Step 5 of the recipe counts how often the largest score belongs to the right class. We fine-tune
 # the float model as in [](ch02) and do the same, in our own words. One thing is added for the
-# comparison to come: training under rounding fixes its batch-norm statistics for the last fifth
-# ([](ch06)), so the float control must do so too, or it would be the freeze that we measure.
+# comparison to come. Training under rounding fixes its batch-norm statistics for the last fifth of
+# the steps ([](ch06)), so the float control does so too. If it did not, the two would differ by this
+# freeze as well as by the rounding, and we could not tell to which of them a difference belongs.
 
 # %%
 task = load_task("digits-5-9", batch_size=25)
@@ -279,9 +280,13 @@ print("fake and converted agree:", ", ".join(shown))
 print("✓" if min(agree.values()) >= 0.99 else "✗", "on 99 % or more")
 
 # %% [markdown]
-# A remark before anyone quotes this: the control is a modest one. The recipe's learning rate of
-# 0.001 leaves it undertrained, as [](ch02) showed by choosing a better one. What the comparison says
-# is what rounding costs *under this recipe*, and what training under rounding gives back.
+# Two remarks before anyone quotes this. The control is a modest one: the recipe's learning rate of
+# 0.001 leaves it undertrained, as [](ch02) showed by choosing a better one. And rounding afterwards
+# is done in its plainest form. It keeps the batch-norm statistics of the float model, while training
+# under rounding gathers its own on rounded weights; and it spans each channel's weights from end to
+# end, without asking whether a shorter range would do better. How far a more careful rounding would
+# come is not measured here. What the comparison says is what plain rounding costs *under this
+# recipe*, and what training under rounding gives back.
 #
 # ## What it weighs
 #
@@ -307,10 +312,11 @@ print("all widths alike:", len(set(sizes.values())) == 1)
 #
 # - **8 bits: round.** Rounded, trained under rounding, and left in float, the three tie here.
 #   Training under rounding has nothing to give back.
-# - **4 bits and below: train.** Rounding afterwards loses much at 4 bits and everything at 2. Training
-#   under rounding ties with float at 4 bits; at 2 it returns most of what was lost, but not all.
-# - **Know the road's end.** Its API is deprecated, it stores nothing below a byte, and it knows
-#   convolutions rather than language models. That is where the next part begins.
+# - **4 bits and below: train.** Plain rounding afterwards loses much at 4 bits and everything at 2.
+#   Training under rounding ties with float at 4 bits; at 2 it returns most of what was lost, but not
+#   all.
+# - **Know the road's end.** Its API is deprecated, it stores no weight of a convolution in less than
+#   a byte, and it knows convolutions rather than language models. That is where the next part begins.
 #
 # ## Exercises
 #
@@ -380,10 +386,17 @@ check("ch07-disagree", alone)
 #   the same.
 # - Pairing takes out the difficulty of the images, and shows a difference that two separate
 #   intervals hide.
-# - Against a float control of equal length, rounding is free at 8 bits, costly at 4 and ruinous at
-#   2; training under rounding ties with the control at 8 and 4 bits and falls behind it at 2, far
+# - Against a float control of equal length, plain rounding ties at 8 bits, is costly at 4 and ruinous
+#   at 2; training under rounding ties with the control at 8 and 4 bits and falls behind it at 2, far
 #   above rounding.
 # - The file shrinks to a quarter at every width; fewer bits bring no fewer bytes on this road.
+#
+# :::{epigraph}
+# Dorothy paid the woman with the scales and wrote three lines in her book: a tie at eight, a rescue at
+# four, and at two a loss, with its size. Then she lifted the basket, which was a quarter of what it had
+# been. Beyond the last stall the road ran on into wheat, and in the wheat stood a scarecrow who, she
+# could have sworn, was reading.
+# :::
 #
 # ## References
 #

@@ -3,8 +3,8 @@
 # # A language model of our own
 #
 # :::{epigraph}
-# Behind the green city the road ran through a field of wheat, and there the Scarecrow stopped to read
-# the label on a sack. "I was stuffed with instructions," he said, "and know nothing else. But begin a
+# Behind the green city the road ran through a field of wheat, and in it stood a Scarecrow, reading the
+# label on a sack. "I was stuffed with instructions," he said, "and know nothing else. But begin a
 # sentence, and I can guess how it goes on." Dorothy began one. He guessed; he hesitated; he guessed
 # again. She did not ask him whether he was clever. She asked between how many words he had
 # hesitated, for that was a thing one could count.
@@ -816,8 +816,8 @@ check("ch08-windows", count)
 # ## What we saw
 #
 # - Byte-pair encoding merges the most frequent pair again and again; by hand, with the companion and
-#   with the library the merges are the same. Whoever counts overlapping runs of words knows that the
-#   test text was never trained on.
+#   with the library the merges are the same. Counting the runs of words that two splits share tells
+#   whether one was copied from the other; these share none.
 # - Most of the model's parameters sit in `Linear` layers, most of the rest in an embedding that is
 #   also the output layer.
 # - Perplexity is the exponential of the mean loss: between how many tokens the model hesitates. By

@@ -125,10 +125,12 @@ print("the grid point, bit for bit:", torch.equal(through, rounded(w)))
 print("every gradient is one:      ", (w.grad == 1).all().item())
 
 # %% [markdown]
-# The value is right to the last bit: a weight and its grid point are either no more than a factor
-# of two apart, and then floats subtract without error, or the grid point is zero. The gradient is
-# not quite right. A weight that was clipped gets a one as well, although moving it a little
-# changes nothing. An `autograd.Function` can say so: forward returns the grid point, backward
+# Why is the value right to the last bit, after a subtraction and an addition of floats? There are two
+# cases. If a weight and its grid point have the same sign and neither is more than twice the other,
+# then their difference is itself a float, and adding it gives the grid point back. Otherwise the grid
+# point is zero; then the difference is the weight with its sign changed, and the sum is zero exactly.
+# The gradient is not quite right. A weight that was clipped gets a one as well, although moving it a
+# little changes nothing. An `autograd.Function` can say so: forward returns the grid point, backward
 # passes on what lay inside the grid, its ends included.
 
 
@@ -355,8 +357,8 @@ for name, loss in losses.items():
 # %% [markdown]
 # Rounding the control throws away about as much as fine-tuning had gained. The intervals of
 # neighbours overlap, because some documents are harder than others for all models. Compared in
-# pairs, document by document, that drops out ({term}`paired difference`, in nats per token). The
-# margin, fixed before: the interval of a difference must not touch zero.
+# pairs, document by document, that drops out ({term}`paired difference`, in {term}`nats <nat>` per
+# token). The margin, fixed before: the interval of a difference must not touch zero.
 
 # %% tags=["nbval-ignore-output"]
 c, ptq, q = (
@@ -482,7 +484,7 @@ print(f"the whole file: {whole:.2f} of float32")
 # share.
 #
 # **Smaller, not faster.** To compute, a converted weight-only layer unpacks its integers and
-# multiplies in floating point, as PyTorch has no kernel for packed two-bit weights on a CPU. In
+# multiplies in floating point, as PyTorch has no {term}`kernel` for packed two-bit weights on a CPU. In
 # eval mode it keeps the unpacked matrix where memory allows, so that only the first call unpacks;
 # `release_cache(model)` gives that memory back, and `convert(qat, cache=False)` never takes it.
 # What you gain is the size of the file, and without the cache that of the weights in memory. Speed
@@ -606,7 +608,10 @@ for name, model in {"absmax": ours, "absmax-torchao-gradient": arm}.items():
 # ```
 #
 # It keeps the loss of every arm on every test document, so that all numbers below are computed
-# here, in the way of the last section.
+# here, in the way of the last section. Learning rates were tried at the length of the run above and
+# kept for the longer ones. [](ch11) measures the same method again, in a study of its own and with
+# other steps, and prints another share at four bits: where the damage is that small, details like
+# these may decide.
 
 # %% tags=["hide-input"]
 settings = content["provenance"]["settings"]
@@ -878,6 +883,12 @@ check("ch10-ste", gradient)
 #   grid, which at two bits are many.
 # - On MiniLM, in an ordinary loop, a few steps turned two-bit sentence vectors back towards the
 #   float ones.
+#
+# :::{epigraph}
+# By evening the Woodman walked nearly as the Scarecrow did. "Nearly," said Dorothy, who had measured: a
+# little stiffness was left, which no practice had taken out. But she had counted the Scarecrow's steps
+# as well, and so she did not thank the joints for what the road had taught them both.
+# :::
 #
 # ## References
 #

@@ -163,12 +163,12 @@ print("   smaller file:", smaller, "  less damage:", better.low > 0)
 #
 # ## Six times no
 #
-# All that follows fine-tunes docs-lm on the language reference for a few steps, with one learning
-# rate for all arms, chosen among three by the validation loss of the float control with a seed of
-# its own. (In that search QAT at two bits did slightly better at twice this rate; here all have the
-# same.) Margins were fixed after trial runs that were measured on the documents shown here: take them
-# as what was found, not as predictions. The arms are those of [](ch11): a float control, that control rounded (to nearest, with a
-# searched range, with {term}`GPTQ`), and QAT with the {term}`learned step size`.
+# All that follows fine-tunes docs-lm on the language reference for a few steps, with one learning rate
+# for all arms, chosen among three by the validation loss of the float control with a seed of its own.
+# (In that search QAT at two bits did slightly better at twice this rate; here all have the same.)
+# Margins were fixed after trial runs that were measured on the documents shown here: take them as what
+# was found, not as predictions. The arms are those of [](ch11): a float control, that control rounded
+# (to nearest, with a searched range, with {term}`GPTQ`), and QAT with the {term}`learned step size`.
 
 # %%
 RATE = 5e-4
@@ -234,8 +234,10 @@ print(
 
 # %% [markdown]
 # **Verdict.** Weights of eight bits: round to nearest, and stop. A report of a large share recovered
-# there divides noise by noise. (Inputs of eight bits are another matter. docs-lm hardly feels them;
-# SmolLM2, whose loudest channels stretch the range of all others, loses more than a nat, see [](ch09).)
+# there divides noise by noise. (Inputs of eight bits are another matter, of which this section says
+# nothing. With one range for all inputs of a layer docs-lm lost two hundredths of a nat in [](ch09),
+# which is little and clearly more than nothing; SmolLM2, whose loudest channels stretch the range of
+# all others, lost more than a nat.)
 #
 # ### 2 · Too few steps
 #
@@ -454,8 +456,8 @@ print(
 )
 
 # %% [markdown]
-# The text is learned by heart. The guard of `fit` works: what is kept comes from the first few
-# steps. To *calibrate*, the same thousand tokens go further, for there is little in that to
+# The text is learned by heart. The guard of `fit` works: what is kept comes from an earlier step than
+# the last. To *calibrate*, the same thousand tokens go further, for there is little in that to
 # overfit. **Verdict.** With little data round after training; use the data to choose the rounding.
 #
 # ### 6 · A task that is solved
@@ -505,8 +507,11 @@ print(
 )
 
 # %% [markdown]
-# A handful of images decide which arm is ahead; another seed would choose others. **Verdict.** A tie
-# stays a tie. On a solved task ask for fewer bits, or for a harder task, before you ask for training.
+# In the run shown here the whole interval of the difference lies below zero, so this is no tie: training
+# under rounding ended half a point *below* plain rounding. That is a handful of images, with one seed,
+# and the interval knows only about images, so another seed may turn it round. **Verdict.** Where
+# rounding leaves nearly every answer as it was, training has nothing to give and something to lose. On a
+# solved task ask for fewer bits, or for a harder task, before you ask for training.
 #
 # ## Two questions of three
 #
@@ -661,13 +666,14 @@ print(
 # - **Steps.** Our quarter of all steps is a choice for hundreds of them. The best share under rounding
 #   was given as a tenth {cite}`liu2025paretoq`; later work finds that it grows with the training
 #   budget {cite}`dremov2025`.
-# - **Loud channels.** From billions of parameters on, a few channels of the activations become
-#   far larger than all others {cite}`dettmers2022`. Our models have none to speak of, and so say
-#   little about 8-bit activations.
+# - **Loud channels.** From billions of parameters on, a few channels of the activations become far
+#   larger than all others {cite}`dettmers2022`. docs-lm has none to speak of, and so the results on it
+#   say little about 8-bit activations. Small models are not safe from them, though: [](ch09) finds one
+#   in SmolLM2, hundreds of times the median, and in MiniLM one feature that is nearly the whole token.
 # - **Learning rates.** Ours are those of small models; large ones are fine-tuned with rates lower by
 #   one or two orders of magnitude.
-# - **Damage.** A model trained for little, like ours, leaves its weights room, and rounds easily. One
-#   trained for trillions of tokens may have less to spare.
+# - **Damage.** A model trained for little, like docs-lm, leaves its weights room, and rounds easily. One
+#   trained for trillions of tokens may have less to spare, as SmolLM2 has in [](ch09).
 #
 # So take the order of the questions from here, and the answers from a measurement of your own. It
 # takes three arms and a paired difference.
@@ -754,14 +760,20 @@ check("ch13-budget", widest)
 # - Few bits buy bytes, and most when the embedding is rounded as well: four bits everywhere made a
 #   smaller and better file than two bits in the layers. Something to recover there is from four bits
 #   down, and much at two.
-# - Training under rounding did not pay at eight bits, with too few steps, with a wrong rate, on a
-#   wrong grid, with too little data, and on a solved task. In most of these a measurement of a minute
-#   says so beforehand.
+# - Training under rounding did not pay with weights of eight bits, with too few steps, with a wrong
+#   rate, on a wrong grid, with too little data, and on a solved task, where it came out a little
+#   behind. In most of these cases a short measurement of the damage says so beforehand.
 # - A published 67 % were two questions of three, and 198 questions could not tell it from nothing or
 #   from all. Ask for n, the interval, and the control.
 # - The chart: measure, then choose; GPTQ is the bar that training has to clear.
 # - Our evidence is small models on short texts. Arithmetic carries over; measurements have to be
 #   repeated.
+#
+# :::{epigraph}
+# The Wizard untied the rope from the fountain, and the balloon rose with the silk that it had. "Then was
+# all the sewing for nothing?" asked Dorothy. "Not for a heavier basket," said the Wizard. "But weigh it
+# first. And if somebody praises his silk by two stitches of three, ask how many he counted."
+# :::
 #
 # ## References
 #

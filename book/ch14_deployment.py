@@ -5,12 +5,12 @@
 # :::{epigraph}
 # On the last morning she wrote the model out on a card, to be read by people who had neither
 # curtain nor ruler. Toto watched every figure go over. "Why do you look so sternly?" she asked him.
-# "It is the very number he practised with." "That," said the Scarecrow, "is what the man behind the
-# last curtain said, too." So they read the card back, brick by brick, and only then put on the
-# silver slippers, which had been on her feet all along.
+# "It is the very number that we practised with." "Then it will not mind being read twice," said the
+# Scarecrow. So they read the card back, brick by brick. And only then did she knock together the heels
+# of the silver shoes, which had been on her feet all along.
 # :::
 #
-# Up to here the small integers were smaller, not faster: PyTorch unpacks them and multiplies floats.
+# Up to here the few-bit integers were smaller, not faster: PyTorch unpacks them and multiplies floats.
 # Now the model leaves. It becomes a file that a runtime without any of our Python serves, and what it
 # serves has to be what was trained: not a model *like* it, quantized once more by somebody's exporter,
 # but these integers.
@@ -102,8 +102,9 @@ print("integers:", tuple(integers.shape), integers.dtype)
 print("scales:  ", tuple(scales.shape), scales.dtype)
 
 # %% [markdown]
-# ONNX Runtime's kernel wants them unsigned, from 0 to 15, so that 8 stands for zero; and two to a byte,
-# the first in the lower half:
+# The routine that multiplies with them is a {term}`kernel`: it carries out one operation, for one kind of
+# number, on one kind of processor. ONNX Runtime's kernel wants the integers unsigned, from 0 to 15, so
+# that 8 stands for zero; and two to a byte, the first in the lower half:
 
 # %%
 unsigned = (integers.int() + 8).to(torch.uint8)  # 0 to 15
@@ -150,9 +151,10 @@ byte_by_byte(
 
 # %% [markdown]
 # The lower half of a byte is its second hexadecimal digit, so each byte reads from right to left. The last
-# row is the integer times the scale of this group. (A scale may be negative: the search of [](ch11) turns a
-# grid around where its one extra integer, -8, is of more use on the other side. A positive weight then has a
-# negative integer, and the product has its sign back.) That is what the layer multiplies with, there as here:
+# row is the integer times the scale of this group. (A scale may be negative: the search of [](ch11) turns
+# a grid around where its one extra integer, -8, is of more use on the other side. A positive weight then
+# has a negative integer, and the product has its sign back.) That is what the layer multiplies with, there
+# as here:
 
 # %%
 whole = dequantize(
@@ -249,8 +251,8 @@ print(
 #
 # $$ s_x = \frac{\max |x|}{127}, \qquad \hat x = s_x \cdot \operatorname{round}(x / s_x) , $$
 #
-# multiplies integers with integers, and scales once for each block. How much that gains stands further
-# down; it is a rounding that training has not seen. By hand, on one layer:
+# multiplies integers with integers, and scales once for each block. How much time that saves, a table
+# further down says. It is a rounding that training has not seen. By hand, on one layer:
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -346,17 +348,18 @@ print(
 )
 
 # %% [markdown]
-# It moved next to nothing, and there was next to nothing to win: what level 4 had cost stands above. (One
-# seed, fifteen steps: a difference below the margin we could not have seen.) The advice matters where the
-# served rounding is coarse. At four bits with inputs in blocks of 32 it is not.
+# It moved next to nothing, and in the run shown it moved the wrong way. There was next to nothing to win:
+# what level 4 costs stands above. (This is one seed and fifteen steps, and we ask only whether the
+# difference is smaller than the margin.) The advice matters where the served rounding is coarse. With
+# inputs in eight bits and blocks of 32 it is not.
 #
 # ## Why eight bits are seven
 #
-# W8A8 multiplies integers, too: `MatMulInteger`, one scale for each row of weights and one range for
-# all inputs. On processors with AVX2 but without the newer VNNI instructions, the kernel multiplies
-# unsigned inputs by signed weights and adds neighbouring products, two by two, in 16 bits. What
-# goes beyond 32,767 stays there: it {term}`saturates <saturation>`, and no error is raised. By hand,
-# the largest pairs:
+# W8A8 multiplies integers, too: `MatMulInteger`, one scale for each row of weights and one range for all
+# inputs. {term}`VNNI` is a set of newer instructions, which multiply bytes and add the products in 32
+# bits. On processors that have AVX2 but not these, the kernel multiplies unsigned inputs by signed weights
+# and adds neighbouring products, two by two, in 16 bits. What goes beyond 32,767 stays there: it
+# {term}`saturates <saturation>`, and no error is raised. By hand, the largest pairs:
 
 # %%
 for bits in (8, 7):
@@ -421,11 +424,12 @@ print(
 # ## How fast
 #
 # At last. docs-lm is too small to time honestly: its layers fit into the processor's cache. So the
-# benchmark serves SmolLM2-135M, the language model of [](ch08), on two threads. Beside PyTorch, torchao
-# and ONNX Runtime stand two that people would pick instead: llama.cpp, with the very file that our
-# weights came from and three more of its formats, and OpenVINO, which reads the files that we export.
-# Each has its turns with the same float32 models. Two phases matter: *prefill* reads a prompt at once,
-# *decode* goes on token by token.
+# benchmark serves SmolLM2-135M, the language model of [](ch08), on two threads. It compares *engines*: an
+# {term}`engine` reads a model from its file and computes its answers, with kernels of its own. Beside
+# PyTorch, torchao and ONNX Runtime stand two that people would pick instead: llama.cpp, with the very file
+# that our weights came from and three more of its formats, and OpenVINO, which reads the files that we
+# export. Each has its turns with the same float32 models. Two phases matter: *prefill* reads a prompt at
+# once, *decode* goes on token by token.
 #
 # Nothing was trained here. Each row is the float model rounded to nearest, and what that costs stands
 # in the last column: nats per token on a text of 128 tokens from the language reference, above the float
@@ -478,19 +482,24 @@ bars_with_limits(
 # groups), and the bandwidth $B$ of a copy, measured in the same run.
 #
 # ONNX Runtime in float32 comes close to its mark: it waits for memory, and that is why fewer bytes
-# help. Four bits at level 4 take an eighth of PyTorch's time in float32, of which ONNX Runtime by itself
-# brings the part that its own float32 row shows, and little more than half of llama.cpp's in the same
-# four bits. But look at the distance to the mark, which has grown: with so few bytes, arithmetic counts
-# again, and so does the sheer number of operators. Hence two bits, with three fifths of the bytes, bring
-# hardly more; and without training nobody would want to hear what they say. And mind the rows that
-# are *slower* than float32: eight and two bits at level 0, for which there is no fast kernel here, and
-# torchao's formats (eager, without `torch.compile`), whose home is another kind of processor. A format
-# is as fast as the kernel that somebody wrote for it. On this processor levels 1 to 3 compute what level
-# 0 does.
+# help. Four bits at level 4 take about an eighth of the time that PyTorch takes in float32. Two things
+# share in that. ONNX Runtime is faster than PyTorch in float32 already, as its own row shows; beside that
+# row, four bits take about a third of the time. They also take little more than half of the time of
+# llama.cpp's Q4_1, the file that our weights came from.
+#
+# But look at the distance to the mark, which has grown. With so few bytes to read, the time no longer
+# goes mostly into reading: arithmetic counts again, and so does the sheer number of operators. That is
+# why the file of two bits, which has three fifths of the bytes of the one of four, is hardly any faster.
+# And its loss shows that without training nobody would want to hear what it says.
+#
+# Mind also the rows that are *slower* than float32: eight and two bits at level 0, for which there is no
+# fast kernel here, and torchao's formats (eager, without `torch.compile`), whose home is another kind of
+# processor. A format is as fast as the kernel that somebody wrote for it. On this processor levels 1 to 3
+# compute what level 0 does.
 #
 # A word on fairness: llama.cpp comes as a ready-made package, built for processors that know AVX2 and no
-# more; ONNX Runtime picks its kernels on the machine that it meets, and this one multiplies bytes in a
-# single instruction. Where a processor cannot, the comparison is another one: run it there.
+# more. ONNX Runtime picks its kernels on the machine that it meets, and this one has AVX-512. On a
+# processor without it the comparison is another one: run it there.
 #
 # A prompt is another matter. Its tokens share each reading of the weights, so arithmetic is what counts.
 
@@ -512,12 +521,17 @@ print("prompts of 64 and 512 tokens: times as fast as that float32")
 print(prefill.loc[decode.index].round(2).to_string(index_names=False))
 
 # %% [markdown]
-# Here W8A8 leads, which multiplies bytes by bytes. Its lead over PyTorch shrinks with the longer prompt,
-# mostly because PyTorch's float32 catches up; over ONNX Runtime's it falls little. No weight-only format
-# helps with a long prompt. Their bytes have to be unpacked, which reading less pays for, and a prompt reads
-# once for all its tokens. OpenVINO shows it plainly: it reads prompts fast, and its four bits take the time
-# of its float32, from the same file with which ONNX Runtime writes a token in a third of its time. A file
-# holds integers; what becomes of them is the engine's affair.
+# Here W8A8 leads, which multiplies bytes by bytes, with the short prompt and with the long one. Its lead is
+# smaller with the long one, over either float32.
+#
+# In ONNX Runtime no format with weights in blocks, of whatever width and at whichever level, beats float32
+# on the long prompt. The likely reason: on their way into the product such weights have to be unpacked, or
+# scaled block by block, which takes time. When a single token is written, and there is a fast kernel, that
+# time is more than paid back, because fewer bytes have to be read. A prompt reads each weight only once
+# for all of its tokens. There is little reading to save, and the unpacking still has to be done. OpenVINO
+# shows the same from another side. It is fast with prompts, and there its four bits take about as long as
+# its float32; yet with the very same file ONNX Runtime writes a single token in a third of OpenVINO's
+# time. A file holds integers. What becomes of them is the affair of the engine that opens it.
 #
 # And now look at what the rows lost.
 
@@ -545,12 +559,12 @@ print("two bits are lost:", two[1] > 10)
 # The fastest readers of prompts are the worst listeners. W8A8 and PyTorch's own `quantize_dynamic` give
 # all inputs of a layer one range, and a single loud token ([](ch09)) takes the room of all the others: more
 # than a nat is gone, more than four bits in the weights cost. Level 4 rounds its inputs to eight bits,
-# too, yet in blocks of their own, and loses nothing that could be told from zero. So the columns have to
-# be read together. As they stand, untrained, eight bits at level 4 are the ones to serve, and four bits
-# where size or the speed of a token matters and a part of a nat does not. For everything else in these
-# tables the times are those of a format that has to be *trained* before it is worth serving, which is
-# what this course is about: long prompts and short answers then want W8A8, short prompts and long
-# answers four bits.
+# too, yet in blocks of their own, and with weights of eight bits it stays within three hundredths of a
+# nat. So the columns have to be read together. As they stand, untrained, eight bits at level 4 are the
+# ones to serve, and four bits where size or the speed of a token matters and half a nat does not. The
+# other few-bit rows of ONNX Runtime give the times of formats that would have to be *trained* before they
+# are worth serving. If training mends them, which this page does not show for SmolLM2, long prompts with
+# short answers would want W8A8, and short prompts with long answers four bits.
 #
 # On another machine the ratios are others: run the benchmark on yours. This one was:
 
@@ -568,8 +582,9 @@ sizes.insert(1, "of float32", decode["bytes"] / first)
 print(sizes.round(3).to_string(index_names=False))
 
 # %% [markdown]
-# Peak memory is that of a process that loads the model and answers once. PyTorch's quantized rows load the
-# float model first and quantize it there, which is why they are the largest.
+# Peak memory is that of a process that loads the model and answers once. The quantized rows of PyTorch and
+# torchao load the float model first and quantize it there, which is why they need more than PyTorch's own
+# float32.
 #
 # Each quantized file of ours in these tables has a twin: docs-lm, rounded (by absmax, untrained) and
 # exported in the same way at the same level, held against the model it was made from.
@@ -589,7 +604,7 @@ print(twins.to_string(float_format="{:.1e}".format))
 # The logits of W8A8 are furthest apart. It has one range for all inputs at once, and where two engines
 # compute an input that differs in its last digit, one of them rounds it up and the other down. The loss
 # moves by a thousandth of a nat, here downwards, and that of two bits at level 4 by as much upwards:
-# little, though the intervals keep off zero. Everything else is a tie.
+# little, though the intervals keep off zero. No other row moves by two ten-thousandths.
 #
 # ## It talks
 #
@@ -632,9 +647,9 @@ print("the same 20 tokens:", ours == theirs[0, prompt.shape[1] :].tolist())
 #
 # ```{exercise} Unsigned, and still right
 # :label: ch14-unsigned
-# A runtime stores eight-bit weights as `w + 128` in unsigned bytes. Write `signed_product(weights, inputs)`, which
-# returns the sum of `w * x` for such weights and a tensor of int64 inputs, as a Python integer. Mind the
-# type in which you add. Replace the `...` and run the cell.
+# A runtime stores eight-bit weights as `w + 128` in unsigned bytes. Write `signed_product(weights,
+# inputs)`, which returns the sum of `w * x` for such weights and a tensor of int64 inputs, as a Python
+# integer. Mind the type in which you add. Replace the `...` and run the cell.
 # ```
 
 
@@ -662,8 +677,8 @@ check("ch14-unsigned", signed_product)
 # ```{exercise} As fast as memory
 # :label: ch14-limit
 # Write `limit_ms(weights, bits, group_size, bandwidth)`: the least time for a token in milliseconds, for
-# `weights` of `bits` bits with a float32 scale for each group, at `bandwidth` gigabytes (of $10^9$ bytes) per
-# second. Replace the `...` and run the cell.
+# `weights` of `bits` bits with a float32 scale for each group, at `bandwidth` gigabytes (of $10^9$ bytes)
+# per second. Replace the `...` and run the cell.
 # ```
 
 
@@ -699,6 +714,12 @@ check("ch14-limit", limit_ms)
 # - Seven bits for the inputs of W8A8, since pairs of products have to fit into sixteen.
 # - In float32 a token waits for memory, so fewer bytes help, until arithmetic and overhead take over; a
 #   prompt waits for arithmetic, so integers times integers help. Both only where there is a kernel.
+#
+# :::{epigraph}
+# When the last figure had been read back, and was the one that had been trained, Toto lay down. "And how
+# fast will it go?" asked the Scarecrow. "As fast as somebody has paved the road for it," said Dorothy.
+# "It is light. That is our part, and it is done."
+# :::
 #
 # ## References
 #

@@ -46,8 +46,9 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## One batch, several processes
 #
-# Where every row has as many tokens that count, the loss of a batch is a mean over its rows. So its gradient is the mean of the gradients of its
-# parts, each weighted by its share of the rows:
+# Suppose that every row of a batch has the same number of tokens that count. Then the loss of the batch is
+# a mean over its rows, and its gradient is the mean of the gradients of its parts, each weighted by its
+# share of the rows:
 #
 # $$ \nabla \frac1n \sum_{i=1}^{n} \ell_i \;=\; \sum_{p} \frac{n_p}{n} \, \nabla \Bigl(
 # \frac{1}{n_p} \sum_{i \in p} \ell_i \Bigr) . $$
@@ -141,8 +142,8 @@ print("files of two:  ", [path.name for path in (folder / "two").iterdir()])
 # Not equal to the last digit: two processes add up their gradients in another order, and where that
 # moves a weight past the middle between two grid points, it is rounded to the other one.
 #
-# One file, since only the first process writes; likewise only the first shows a bar. The checkpoint is
-# still ours: safetensors and JSON. (Accelerate's own `save_state` writes pickles.)
+# There is one file, since only the first process writes; and only the first shows a progress bar. The
+# checkpoint is still ours: safetensors and JSON. (Accelerate's own `save_state` writes pickles.)
 #
 # Three things differ from one process. A range of activations that is taken over a whole batch (W8A8)
 # and the statistics of batch norm come from each process's own rows. The random numbers of dropout are
@@ -171,8 +172,9 @@ error = (twice - rounded).norm() / (rounded - weight).norm()
 print("a fiftieth of the rounding, or less:", (error < 0.02).item())
 
 # %% [markdown]
-# Little, at four bits. (At eight it is not, beside a rounding that is sixteen times finer.) Convert and
-# measure in float32 all the same: what is served has no second rounding, or another one.
+# At four bits it is little. (At eight bits the first rounding is sixteen times finer. The second stays as
+# coarse as it is, and so weighs sixteen times as much beside it.) Convert and measure in float32 all the
+# same: the model that is served does not have this second rounding, or has another one.
 #
 # ## Where the memory goes
 #
@@ -187,8 +189,11 @@ print("a fiftieth of the rounding, or less:", (error < 0.02).item())
 # And the rounding? The matrix multiplication needs the *rounded* weight again for its own backward
 # pass, and a learned step also needs to know what was clipped and by how much. Fake quantization as
 # it is usually written keeps all of that, for every layer, from the forward pass on: 4 bytes for the
-# rounded copy and 5 for the rest. That is the larger of two moments, since copies wait before the
-# gradients arrive and are gone when the gradients are all there:
+# rounded copy and 5 for the rest.
+#
+# When is the memory fullest? There are two candidates. At the end of the forward pass all copies are
+# there and no gradient is. At the end of the backward pass all gradients are there and the copies are
+# gone, for each layer drops its own as it passes. The peak is whichever of the two is larger:
 #
 # $$ \text{float: } 4 + 8 + 4 = 16, \qquad
 # \text{everything kept: } 4 + 8 + \max(4,\; 4 + 5) = 21 \text{ bytes.} $$
@@ -216,7 +221,8 @@ print(
 #
 # **Checkpointing** {cite:p}`chen2016` (of gradients, not of runs) throws away what a block of the
 # network keeps, and computes it again when the backward pass comes by. It is known for saving
-# activations. With adapters it also saves these sums: those of *one* block wait at a time.
+# activations. With adapters it has a second use: only the sums of *one* block have to wait at a time,
+# instead of those of all blocks.
 
 # %% [markdown]
 # ### Measured
@@ -288,11 +294,12 @@ for way in ways:
     )
 
 # %% [markdown]
-# What is left over is a few activations and the temporary tensors of a single layer. The line about
-# `MALLOC_MMAP_THRESHOLD_` makes Linux's C library give back each tensor that is freed. By default it keeps
-# them for later, and a small tensor in the hole of a large one splits it; under rounding, where large and
-# small ones alternate, a process comes to hold far more than it needs. If Linux swaps, try that
-# variable first. (Elsewhere it does nothing, and the measurement may lie higher.)
+# Here the measured values lie a little above the reckoned ones. What the arithmetic leaves out are a few
+# activations and the temporary tensors of a single layer. The line about `MALLOC_MMAP_THRESHOLD_` makes
+# Linux's C library give back each tensor that is freed. By default it keeps them for later, and a small
+# tensor in the hole of a large one splits it; under rounding, where large and small ones alternate, a
+# process comes to hold far more than it needs. If Linux swaps, try that variable first. (Elsewhere it
+# does nothing, and the measurement may lie higher.)
 #
 # ### And the time
 #
@@ -363,13 +370,13 @@ print(f"if each of those bytes came from memory: {1 + every:.2f}")
 
 # %% [markdown]
 # The work of rounding grows with the weights, that of multiplying also with the tokens; so a longer text
-# pays a smaller share. And the last two lines say what is paid for. All that rounding has to do is to
-# read each weight once forward and once on the way back, which would hardly show. But PyTorch does it
-# one operation after the other, scale, multiply, round, clip, multiply, and each reads what the last
-# one wrote. The companion hands them pieces that fit into the processor's cache, which saves some of
-# that traffic; the calls themselves cost some. Nearer to the roof would come whoever fuses the
-# operations into one. `torch.compile` can, where there is a compiler: `prepare_qat` first, then compile,
-# and then measure, for it does not gain everywhere.
+# pays a smaller share. The last two lines say what is paid for. All that rounding has to do is to read
+# each weight once in the forward pass and once in the backward pass, which would hardly show. But PyTorch
+# does it one operation after the other (scale, multiply, round, clip, multiply), and each operation reads
+# what the one before it wrote. The companion hands them pieces that fit into the processor's cache, which
+# saves some of that traffic; the calls themselves cost some. Whoever fuses the operations into one comes
+# nearer to what memory allows. `torch.compile` can, where there is a compiler: `prepare_qat` first, then
+# compile, and then measure, for it does not gain everywhere.
 #
 # ### At a billion, and at seventy
 
@@ -412,8 +419,19 @@ small = {
 stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 
 # %% [markdown]
-# A teacher is not in these sums: it adds its own weights, 4 bytes for each parameter or 2 in bfloat16.
-# Nor is what `validate` keeps, the best weights so far.
+# **What these sums leave out.** They hold neither the best weights so far, which `validate` keeps, nor
+# anything that imitation asks for. The default recipe of [](ch11) imitates, so count it in:
+#
+# - *Its weights.* A teacher adds 4 bytes for each parameter, or 2 in bfloat16, but neither gradients nor
+#   moments, since it does not train.
+# - *Its time.* Every step that imitates has one more forward pass, the teacher's. None of the times above
+#   has it. The column `cost` in [](ch11) does, with a teacher in the last quarter of the steps; two tasks of
+#   [](ch12) have one in every step.
+# - *Its logits.* A language model answers each token with one number for every token of its vocabulary, and
+#   imitation needs such a row from the student and one from the teacher. With long texts and a large
+#   vocabulary they can outgrow the weights. `fit` takes them piece by piece where it can, so that they are
+#   never there all at once. A loop of your own that calls both models and compares their answers holds
+#   both in full, and a gradient besides.
 #
 # So rounding asks for hardly any memory of its own. The road for a small machine is that of training in
 # floating point: gradient checkpointing for the activations, which costs about one more forward pass;
@@ -437,7 +455,8 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 # ```
 #
 # `fit` sees the sharded parameters and leaves the averaging to them; every process rounds the block that
-# it was lent. (To the peak comes that block, with its gradient.) Afterwards gather the weights, convert an unsharded copy, and go on as always:
+# it was lent. (That block, with its gradient, comes on top of the peak.) Afterwards gather the weights,
+# convert an unsharded copy, and go on as always:
 #
 # ```python
 # from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -465,8 +484,8 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 # this chapter was checked.
 #
 # - `fit` trains where the parameters are: `model.to("cuda")` before, or a launcher, which gives each
-#   process its device. Batches and a teacher follow. `perplexity`, `convert` and `save_quantized` take the model
-#   where it is; `export_onnx` takes it to the CPU.
+#   process its device. Batches and a teacher follow. `perplexity`, `convert` and `save_quantized` take the
+#   model where it is; `export_onnx` takes it to the CPU.
 # - `PeakMemory("cuda")` reads PyTorch's own count, which is exact.
 # - W8A8 on a GPU computes what training simulated, since the int8 kernel is the CPU's. Weight-only
 #   models multiply floats there, too: for speed hand them on to torchao ([](ch16)).
@@ -543,6 +562,14 @@ check("ch15-mean", mean_loss)
 #   peak instead of 16, where keeping everything takes 21, by arithmetic; processes that trained agreed.
 # - LoRA takes gradients and moments away but makes sums wait, checkpointing takes these away, sharding
 #   divides the rest. Several GPUs we have not run.
+# - A teacher comes on top of all these sums: its weights, a forward pass in each step, and logits as wide
+#   as the vocabulary.
+#
+# :::{epigraph}
+# At the last milestone they set the basket down and compared where they were. All stood at the same stone,
+# to within a blade of grass. "And if there were forty of us, on both sides of a river?" asked the Lion.
+# "That I have only reckoned," said Dorothy. "I shall tell you when I have walked it."
+# :::
 #
 # ## References
 #

@@ -62,7 +62,8 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 # ## The same three calls
 #
 # One variable names the model, a folder or an id of the Hugging Face Hub; another may name a text of your
-# own, of ten paragraphs at least. Without a network it is docs-lm; with one, set them and run the same cells.
+# own, of ten paragraphs at least. Without a network it is docs-lm; with one, set them and run the same
+# cells.
 #
 # ```
 # COMPANION_MODEL=HuggingFaceTB/SmolLM2-135M COMPANION_TEXT=$PWD/notes.txt make lab
@@ -184,9 +185,9 @@ print(
 )
 
 # %% [markdown]
-# Equal bit for bit where that is promised, in all three. Gemma's embedding is a class of its own: it looks a
-# row up and multiplies it by a constant. `prepare_qat` tries such a class on a small copy before it takes
-# it. What it leaves in floating point a model says itself. Without `embeddings=True`:
+# Equal bit for bit where that is promised, in all three. Gemma's embedding is a class of its own: it looks
+# a row up and multiplies it by a constant. `prepare_qat` tries such a class on a small copy before it
+# takes it. What it leaves in floating point a model says itself. Without `embeddings=True`:
 
 # %%
 report = prepare_qat(families["Gemma 3"], W4).quantization
@@ -273,20 +274,22 @@ print(f"of perplexity {qwen['recovered']:.0%}, of nats {share:.0%}")
 # Perplexity stretches what is bad, so the same three numbers recover more of it. Say which. (This course
 # counts nats.)
 #
-# **EfficientQAT** {cite:p}`chen2025efficientqat` trains block after block and brings Llama 2 70B to two bits
-# on one GPU in two days, three points below float: that is checkpointing taken to its end. **ParetoQ**
-# {cite:p}`liu2025paretoq` trains everything, long: its smallest model at four bits ends *below* the float
-# perplexity, so once more it was trained further, not repaired; at two bits it stays above.
+# **EfficientQAT** {cite:p}`chen2025efficientqat` trains block after block and brings Llama 2 70B to two
+# bits on one GPU in two days, three points below float: that is checkpointing taken to its end.
+# **ParetoQ** {cite:p}`liu2025paretoq` trains everything, long: its smallest model at four bits ends
+# *below* the float perplexity, so once more it was trained further, not repaired; at two bits it stays
+# above.
 #
-# And a warning. After reinforcement learning, QAT with the usual loss is reported unstable, and imitating the
-# float model is not {cite:p}`xin2026qad`. A teacher is the safer choice whenever you do not have the data
-# that made the model.
+# And a warning. After reinforcement learning, QAT with the usual loss is reported unstable, and imitating
+# the float model is not {cite:p}`xin2026qad`. A teacher is the safer choice whenever you do not have the
+# data that made the model.
 #
 # ## Hand the integers on: torchao
 #
 # `to_torchao` makes PyTorch's own layers with torchao's tensors, our integers and scales in them. From
 # there the model needs no companion. `torch.export` takes it, as our tests check. Runtimes behind it,
-# such as ExecuTorch or vLLM, we have not run; some want positive scales, which `method="absmax"` gives.
+# such as ExecuTorch or vLLM, we have not run. Should one of them want positive scales, a model prepared
+# with `method="absmax"` has only such.
 
 # %%
 theirs = to_torchao(small)
@@ -304,9 +307,9 @@ print(
 #
 # ## Evaluate with lm-eval
 #
-# Published figures mostly come from EleutherAI's lm-evaluation-harness, which takes a model object. It is no
-# dependency of this book, and its tasks need a network. We made these calls by hand with version 0.4.13,
-# on a task of our own from a local file:
+# Published figures mostly come from EleutherAI's lm-evaluation-harness, which takes a model object. It is
+# no dependency of this book, and its tasks need a network. We made these calls by hand with version
+# 0.4.13, on a task of our own from a local file:
 #
 # ```python
 # import lm_eval
@@ -500,6 +503,12 @@ check("ch16-cache", longer_than)
 #   the number of questions, the scale, and the bill. Compare with the best rounding, not the plainest.
 # - The trained integers go on to torchao unchanged, and a saved model into lm-eval.
 # - The old API has a successor line by line, for convolutions on exported graphs.
+#
+# :::{epigraph}
+# The three had seen small likenesses of their models go down the road and come back the same. "And the
+# great ones?" asked the one from the palace. "The road takes their shape," said Dorothy. "What the weight
+# does to you on the way, only you can measure. When you write it down, write how many you asked."
+# :::
 #
 # ## References
 #

@@ -48,8 +48,8 @@ def input_squares(
 
     References
     ----------
-    Lin et al., "AWQ: activation-aware weight quantization for LLM compression and acceleration",
-    MLSys 2024 (that inputs tell which weights matter).
+    Lin et al., "AWQ: activation-aware weight quantization for on-device LLM compression and
+    acceleration", MLSys 2024 (that inputs tell which weights matter).
 
     Examples
     --------
