@@ -208,9 +208,23 @@ print("QAT above PTQ at 2 bits:", gain.low > 0)
 # %% [markdown]
 # ## Three seeds, three widths
 #
-# One seed is an anecdote. `benchmarks/classic_road.py` runs the comparison for three seeds and at
-# 8, 4 and 2 bits, and stores every prediction, so that any two arms can be paired. It takes a few
-# minutes; its result is part of the repository, and the cells below only read it.
+# One seed is an anecdote, and one learning rate is a coincidence. `benchmarks/classic_road.py` runs
+# the comparison for three seeds, at 8, 4 and 2 bits, at the recipe's learning rate of 0.001 and at
+# 0.02, which [](ch02) found better. And because an opponent should be met at its strongest, rounding
+# afterwards comes in three forms:
+#
+# - *plain*, as above: the batch-norm statistics of the float model, the range of each channel up to
+#   its largest weight;
+# - with *batch norm* measured anew. Rounding shifts what a layer puts out, and the old statistics
+#   describe channels that are no longer there; one pass over a few batches takes new ones.
+#   (Training under rounding does that anyway, so a fair comparison gives it to the other side;)
+# - *searched*: the same, and for each channel the range that rounds its weights with the smallest
+#   squared error.
+#
+# In the companion the two are switches of one call,
+# `calibrate(loader, batch_norm=True, search=True)`. Every prediction is stored, so that any two arms
+# can be paired. It takes some minutes; its result is part of the repository, and the cells below
+# only read it.
 
 # %%
 results = Path("..") / "benchmarks" / "results" / "classic_road.json"
@@ -222,71 +236,99 @@ print("settings:", made["settings"])
 
 
 # %%
-def column(arm, bits, field="predictions"):
+def column(arm, bits, rate, field="predictions"):
     """All seeds' predictions of one arm, one after the other."""
     in_order = sorted(content["records"], key=lambda r: r["seed"])
-    rows = [r for r in in_order if (r["arm"], r["bits"]) == (arm, bits)]
+    asked = (arm, bits, rate)
+    rows = [r for r in in_order if (r["arm"], r["bits"], r["lr"]) == asked]
     return np.array([int(c) for r in rows for c in r[field]])
 
 
-truth = column("float", 32, "labels")  # (3 seeds x 596 images,)
-pooled = {
-    name: {b: proportion(column(arm, b) == truth) for b in (8, 4, 2)}
-    for name, arm in (("QAT", "qat"), ("PTQ", "ptq"))
+RATES, WIDTHS = (0.001, 0.02), (8, 4, 2)
+ARMS = {
+    "PTQ, plain": "ptq",
+    "PTQ, batch norm": "ptq batch norm",
+    "PTQ, searched": "ptq searched",
+    "QAT": "qat",
 }
-reference = proportion(column("float", 32) == truth)
+truth = column("float", 32, 0.02, "labels")  # (3 seeds x 596 images,)
 
-# %%
-print(f"{'bits':>4}  {'PTQ':<33}QAT")
-for bits in (8, 4, 2):
-    print(f"{bits:>4}  {pooled['PTQ'][bits]!s:<33}{pooled['QAT'][bits]}")
-print("float control:", reference)
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Accuracy against bits per weight. Quantization-aware training stays inside or near the float band at 8 and 4 bits and falls a little at 2 bits; post-training quantization falls well below it at 4 bits and to chance at 2 bits."}}
+def share(arm, bits, rate):
+    return proportion(column(arm, bits, rate) == truth)
+
+
+# %% tags=["hide-input"]
+for rate in RATES:
+    print(f"learning rate {rate}: float {share('float', 32, rate)}")
+    print(f"{'':16}" + "".join(f"{f'{b} bits':<23}" for b in WIDTHS))
+    for name, arm in ARMS.items():
+        cells = [share(arm, b, rate) for b in WIDTHS]
+        shown = [
+            f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in cells
+        ]
+        print(f"{name:16}" + "".join(f"{cell:<23}" for cell in shown))
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "ALT"}}
+pooled = {
+    name: {b: share(arm, b, 0.02) for b in WIDTHS}
+    for name, arm in ARMS.items()
+}
 estimates_by_bits(
-    pooled, ylabel="accuracy", reference=("float control", reference)
+    pooled,
+    ylabel="accuracy, learning rate 0.02",
+    reference=("float control", share("float", 32, 0.02)),
 )
 
 # %% [markdown]
+# TEXT1
+#
 # The three seeds share their test images: pooled, the intervals speak of these 596 images and of
-# seeds like these, not of all handwriting. Now in pairs, with three verdicts whose margins were
-# fixed before the results were looked at: at 8 bits QAT must not lie more than 0.02 below its
-# control; at 2 bits it must lie above PTQ; and the converted model must predict what the
-# fake-quantized one predicts, on at least 99 % of the images, at every width.
+# seeds like these, not of all handwriting. Now in pairs. Fixed before the results were looked at:
+# two arms are *equivalent* if the whole interval of their difference lies within 0.02 of zero; and
+# the converted model must predict what the fake-quantized one predicts, on at least 99 % of the
+# images, at every width.
+
 
 # %%
-duels = (("ptq", "float"), ("qat", "float"), ("qat", "ptq"))
-for bits in (8, 4, 2):
-    for first, second in duels:
-        other = column(second, 32 if second == "float" else bits)
-        pair = paired(column(first, bits), other, truth)
-        verdict = "above" if pair.difference.low > 0 else "below"
-        print(
-            f"{bits} bits: {first} - {second:<6} {pair.difference}  "
-            f"{'tie' if pair.tie else verdict}"
-        )
+def verdict(difference, margin=0.02):
+    if -margin < difference.low and difference.high < margin:
+        return "equivalent"
+    if difference.low <= 0 <= difference.high:
+        return "undecided"
+    return "above" if difference.low > 0 else "below"
+
+
+duels = (
+    ("ptq searched", "float"),
+    ("qat", "float"),
+    ("qat", "ptq searched"),
+)
+for rate in RATES:
+    print(f"learning rate {rate}")
+    for bits in WIDTHS:
+        for first, second in duels:
+            width = 32 if second == "float" else bits
+            other = column(second, width, rate)
+            pair = paired(column(first, bits, rate), other, truth)
+            print(
+                f"{bits} bits: {f'{first} - {second}':<20} "
+                f"{pair.difference}  {verdict(pair.difference)}"
+            )
 
 # %%
-at8 = paired(column("qat", 8), column("float", 32), truth).difference
-at2 = paired(column("qat", 2), column("ptq", 2), truth).difference
-print("int8 QAT not below its float control:", at8.low > -0.02)
-print("2-bit QAT above 2-bit PTQ:", at2.low > 0)
 agree = {}
-for bits in (8, 4, 2):
-    fake, real = column("qat fake", bits), column("qat", bits)
-    agree[bits] = paired(real, fake, truth).agreement
-shown = [f"{share:.4f} at {bits} bits" for bits, share in agree.items()]
-print("fake and converted agree:", ", ".join(shown))
+for bits in WIDTHS:
+    for arm in ("qat", "ptq searched"):
+        fake = column(f"{arm} fake", bits, 0.02)
+        real = column(arm, bits, 0.02)
+        agree[arm, bits] = paired(real, fake, truth).agreement
+for (arm, bits), value in agree.items():
+    print(f"fake and converted agree, {arm}, {bits} bits: {value:.4f}")
 print("✓" if min(agree.values()) >= 0.99 else "✗", "on 99 % or more")
 
 # %% [markdown]
-# Two remarks before anyone quotes this. The control is a modest one: the recipe's learning rate of
-# 0.001 leaves it undertrained, as [](ch02) showed by choosing a better one. And rounding afterwards
-# is done in its plainest form. It keeps the batch-norm statistics of the float model, while training
-# under rounding gathers its own on rounded weights; and it spans each channel's weights from end to
-# end, without asking whether a shorter range would do better. How far a more careful rounding would
-# come is not measured here. What the comparison says is what plain rounding costs *under this
-# recipe*, and what training under rounding gives back.
+# TEXT2
 #
 # ## What it weighs
 #
