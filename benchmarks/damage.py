@@ -4,7 +4,8 @@
     python -m benchmarks.damage --only map       (or layers, channels, chats)
 
 Nothing is trained. The map: widths 8 to 2, groups of 32 and rows, scales by the largest weight, by
-search and GPTQ (65,536 calibration tokens, act-order), on 261 excerpts of nearly equal length.
+search, by search with an eye on the inputs (4,096 tokens), and GPTQ (65,536 tokens, act-order), on
+261 excerpts of nearly equal length.
 Then which single layers hurt, the loudest channels, and what the model says. Each finished part is
 kept below --work or in the results file; the end of every run writes benchmarks/results/damage.json from them.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.arms import CALIBRATION, exact, machine
+from benchmarks.arms import CALIBRATION, SEEN, exact, machine
 from benchmarks.excerpts import SIZE, Texts, read
 from benchmarks.provenance import restore, write_results
 from companion import QuantScheme, load_pretrained, load_task, prepare_qat
@@ -35,8 +36,8 @@ from companion.ptq.gptq import gptq
 from companion.qat.ranges import make_quantizer
 from companion.study.tables import scheme_name
 
-BITS, SIZES, METHODS = (8, 4, 3, 2), (32, None), ("nearest", "searched", "gptq")
-NAMES = {"nearest": "absmax", "searched": "mse"}
+BITS, SIZES = (8, 4, 3, 2), (32, None)
+NAMES = {"nearest": "absmax", "searched": "mse", "calibrated": "mse"}
 SAMPLE = 64
 """Documents behind the damage of a single layer, and behind the loudest channels."""
 QUESTIONS = (
@@ -98,13 +99,16 @@ class Damage:
     def map(self) -> None:
         """The loss on every document for each width, group and method."""
         self.kept("map float", lambda: self._losses(self.model) | {"scheme": "float"})
-        for method in METHODS[:2]:
+        for method in ("nearest", "searched"):
             for bits, size in itertools.product(BITS, SIZES):
                 self._part(QuantScheme(bits, size), method)
         for scheme in (W8A8, W4A8):
             self._part(scheme, "nearest")
-        for size, bits in itertools.product(SIZES, BITS[1:]):  # at eight, rounding costs nothing
-            self._part(QuantScheme(bits, size), "gptq")
+        for method in ("calibrated", "gptq"):
+            for size, bits in itertools.product(
+                SIZES, BITS[1:]
+            ):  # at eight, rounding costs nothing
+                self._part(QuantScheme(bits, size), method)
 
     def _part(self, scheme: QuantScheme, method: str) -> None:
         self.kept(f"map {scheme_name(scheme)} {method}", lambda: self._cell(scheme, method))
@@ -116,7 +120,8 @@ class Damage:
                 self.model, scheme, rows, batches=len(rows), act_order=True, progress=False
             )
         else:
-            rounded = prepare_qat(self.model, scheme, NAMES[method])
+            seen = self.texts.calibration(SEEN, 4, self.device) if method == "calibrated" else None
+            rounded = prepare_qat(self.model, scheme, NAMES[method], calibration=seen)
         bits = scheme.bits_per_weight(self.model.config.hidden_size)
         return self._losses(rounded) | {"scheme": scheme_name(scheme), "method": method, "bits": bits}  # fmt: skip
 
@@ -213,7 +218,7 @@ class Damage:
                     "weight": losses.tokens.tolist()}  # fmt: skip
 
         self.kept("docs-lm float", lambda: cell(None, "nearest"))
-        for bits, size, method in itertools.product(BITS, SIZES, NAMES):
+        for bits, size, method in itertools.product(BITS, SIZES, ("nearest", "searched")):
             scheme = QuantScheme(bits, size)
             self.kept(f"docs-lm {scheme_name(scheme)} {method}", lambda s=scheme, m=method: cell(s, m))  # fmt: skip
 
