@@ -142,6 +142,7 @@ class Job:
         return f"{scheme}, {self.arm.name}"
 
 
+More = Callable[[list[dict], list[str]], dict]
 Work = Sequence[Job | tuple[str, QuantScheme, int]]
 """Jobs in the order of their weight; ("ptq", scheme, draw) rounds a float control afterwards."""
 
@@ -521,7 +522,9 @@ def work_through(study: Study, jobs: Work) -> None:
             mine.close()
 
 
-def command(name: str, model: str, jobs: Work, budget: Budget, text: str, more=None) -> None:
+def command(
+    name: str, model: str, jobs: Work, budget: Budget, text: str, more: More | None = None
+) -> None:
     """The command line of a study.
 
     Parameters
@@ -535,7 +538,7 @@ def command(name: str, model: str, jobs: Work, budget: Budget, text: str, more=N
     text : str
         What `--help` says.
     more : callable, optional
-        Returns further keys of the results file.
+        ``more(records, packages)`` returns further keys of the results file.
     """
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -579,16 +582,18 @@ def command(name: str, model: str, jobs: Work, budget: Budget, text: str, more=N
         if "STUDY_DEADLINE" in os.environ:
             return
     if not args.small:
-        print(merge(name, args.work, texts, budget, more() if more else {}))
+        print(merge(name, args.work, texts, budget, more))
 
 
-def merge(name: str, work: Path, texts: Texts, budget: Budget, more: dict) -> Path:
+def merge(name: str, work: Path, texts: Texts, budget: Budget, more: More | None) -> Path:
     """Write the results file from the finished runs."""
     records = [json.loads(path.read_text()) for path in sorted(work.glob("*.json"))]
+    packages = texts.packages["test"]
     about = {
         "text": {"sha256": texts.sha256, "versions": texts.versions},
-        "packages": texts.packages["test"],
+        "packages": packages,
     }
+    about |= more(records, packages) if more else {}
     return write_results(
-        name, records, about | more, steps=budget.steps, rows=budget.rows, size=SIZE
+        name, records, about, steps=budget.steps, rows=budget.rows, size=SIZE, seeds=len(SEEDS)
     )

@@ -38,12 +38,26 @@ from benchmarks.arms import (
     prepare_torchao,
 )
 from benchmarks.provenance import RESULTS, as_json
+from benchmarks.verdicts import Families, judge
 from companion import fit, load_pretrained, prepare_qat
 from companion.training.losses import default_loss
 
 BUDGET = Budget((3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3), rows=4, looks=2)
 METHODS = ("lsq", "torchao", "absmax")
 ROUNDS = 12
+PAIR = ("W2 g32", "W3 g32")
+LEARNED = "lsq calibrated"
+FAMILIES: Families = {
+    "D": [(s, f"{LEARNED}, {t}, first", f"torchao, {t}, first")
+          for s in PAIR for t in ("labels", "teacher")],
+    "E": [(s, f"{a}, labels, first", f"{b}, labels, first")
+          for s in PAIR for a, b in ((LEARNED, "lsq"), ("lsq", "absmax"))],
+    "F": [(s, f"{LEARNED}, teacher, first", f"{LEARNED}, labels, first") for s in PAIR],
+    "G": [(s, (f"{LEARNED}, labels, first", f"{LEARNED}, teacher, first"), "gptq")
+          for s in (*PAIR, "W4 g32")],
+    "H": [(s, f"{LEARNED}, teacher, first", f"{LEARNED}, teacher, late") for s in PAIR],
+}  # fmt: skip
+"""As in benchmarks/hypotheses.md."""
 
 
 def jobs() -> Work:
@@ -81,11 +95,12 @@ def costs() -> dict[str, float]:
     return {name: round(median(times) / reference, 3) for name, times in taken.items()}
 
 
-def known_costs() -> dict:
-    """What an earlier `--costs` measured."""
+def more(records: list[dict], packages: list[str]) -> dict:
+    """The verdicts on these records, and what an earlier `--costs` measured."""
     path = RESULTS / "docs_lm.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    return {"costs": kept["costs"]} if "costs" in kept else {}
+    costs = {"costs": kept["costs"]} if "costs" in kept else {}
+    return costs | {"verdicts": judge(records, packages, FAMILIES)}
 
 
 def cost_of(method: str, costs: dict[str, float], late: float = 0.75) -> float:
@@ -112,4 +127,4 @@ if __name__ == "__main__":
     if "--costs" in sys.argv:
         add_costs()
     else:
-        command("docs_lm", "docs-lm", jobs(), BUDGET, __doc__, known_costs)
+        command("docs_lm", "docs-lm", jobs(), BUDGET, __doc__, more)

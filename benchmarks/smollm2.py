@@ -25,6 +25,7 @@ from benchmarks.arms import (
     Work,
     command,
 )
+from benchmarks.verdicts import Families, judge
 from companion import QuantScheme
 
 LONG = 600
@@ -34,6 +35,23 @@ W4_ROW = QuantScheme(4, None)
 LEARNED, TORCHAO = Arm("lsq", calibrated=True), Arm("torchao")
 DEFAULT = replace(LEARNED, target="teacher", start="late")
 TORCHAO_DEFAULT = replace(DEFAULT, method="torchao", calibrated=False)
+
+NAME, PAIR = LEARNED.name.split(", ")[0], ("W2 g32", "W3 g32")
+FAMILIES: Families = {
+    "A": [(s, f"{NAME}, {how}", f"torchao, {how}") for s in PAIR
+          for how in ("labels, first", "teacher, first", "teacher, late")],
+    "A, four bits": [("W4 g32", f"{NAME}, {how}", f"torchao, {how}")
+                     for how in ("labels, first", "teacher, late")],
+    "B": [(s, tuple(f"{NAME}, {how}" for how in hows), "gptq") for s, hows in
+          (*((s, ("labels, first", "teacher, first", "teacher, late")) for s in PAIR),
+           ("W4 g32", ("labels, first", "teacher, late")))],
+    "C": [(s, f"{NAME}, labels, first", f"{NAME}, labels, late") for s in PAIR],
+}  # fmt: skip
+"""As in benchmarks/hypotheses.md."""
+
+
+def verdicts(records: list[dict], packages: list[str]) -> dict:
+    return {"verdicts": judge(records, packages, FAMILIES)}
 
 
 def jobs() -> Work:
@@ -64,4 +82,4 @@ def jobs() -> Work:
 
 
 if __name__ == "__main__":
-    command("smollm2", "smollm2", jobs(), BUDGET, __doc__)
+    command("smollm2", "smollm2", jobs(), BUDGET, __doc__, verdicts)

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -24,7 +25,9 @@ from benchmarks.arms import (
     Study,
 )
 from benchmarks.excerpts import Texts
+from benchmarks.verdicts import judge
 from companion import prepare_qat
+from companion.study.tables import scheme_name
 from companion.training.losses import distillation_loss
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "smollm2.json"
@@ -130,3 +133,43 @@ def test_what_was_measured_on_test_had_its_rate_chosen_inside():
                 record["loss"], 1e-4
             )
             assert len(record["total"]) >= 200
+
+
+@pytest.mark.parametrize("module", [docs_lm, smollm2])
+def test_what_is_announced_is_what_runs(module):
+    """Every arm of a family is a job; every family stands in the file of hypotheses."""
+    text = (RESULTS.parents[1] / "hypotheses.md").read_text()
+    jobs = [job for job in module.jobs() if isinstance(job, Job) and job.draws]
+    known = {tuple(job.name.split(", ", 1)) for job in jobs}
+    known |= {(scheme_name(job[1]), "gptq") for job in module.jobs() if isinstance(job, tuple)}
+    for family, duels in module.FAMILIES.items():
+        assert f"Family {family[0]}:" in text or f"**{family}: " in text
+        for scheme, first, second in duels:
+            for name in (*((first,) if isinstance(first, str) else first), second):
+                assert (scheme, name) in known
+
+
+def record(method: str, seed: int, losses, validation: float = 1.0) -> dict:
+    return {"scheme": "W2 g32", "method": method, "seed": seed, "total": list(losses),
+            "weight": [1] * len(losses), "validation_loss": validation,
+            "higher_is_better": False}  # fmt: skip
+
+
+def test_verdicts_follow_the_rule():
+    noise = np.random.default_rng(0).normal(size=(3, 200))
+    records = [record("a", seed, 2 + noise[seed]) for seed in range(3)]
+    records += [record("b", seed, 2.5 + noise[seed], 0.5) for seed in range(3)]
+    records += [record("same", seed, 2.001 + noise[seed]) for seed in range(3)]
+    records += [record("wild", seed, 2.05 + 0.1 * seed * noise[0]) for seed in range(3)]
+    records += [record("unfinished", 0, noise[0])]
+    families = {
+        "X": [("W2 g32", "a", "b"), ("W2 g32", "b", "a"), ("W2 g32", "a", "same"),
+              ("W2 g32", "a", "wild"), ("W2 g32", ("a", "b"), "same")],
+        "Y": [("W2 g32", "a", "unfinished"), ("W2 g32", "a", "b")],
+    }  # fmt: skip
+    lines = judge(records, ["p"] * 100 + ["q"] * 100, families)
+    assert [line["verdict"] for line in lines] == ["better", "worse", "tie", "undecided", "worse"]
+    assert lines[-1]["first"] == "b"  # by validation
+    assert {line["family"] for line in lines} == {"X"}  # the other is not complete
+    assert lines[0]["difference"] == pytest.approx(0.5)
+    assert lines[0]["low"] <= 0.5 <= lines[0]["high"]
