@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from benchmarks.excerpts import SIZE, Texts, read
-from benchmarks.provenance import restore, write_results
+from benchmarks.provenance import RESULTS, restore, write_results
 from companion import (
     QuantScheme,
     choose_scale,
@@ -217,7 +217,8 @@ class Study:
             self.run(job, draw, rate, test=True)
 
     def tune(self, job: Job) -> float:
-        """Try rates until the best is inside the range, and return it."""
+        """Try rates at the budget's steps until the best is inside the range, and return it."""
+        job = replace(job, steps=None)
         budget = self.budget
         rates = sorted(budget.float_rates if job.arm.method == "float" else budget.rates)
         if self.small:
@@ -572,8 +573,8 @@ def command(
             "OMP_NUM_THREADS": str(threads),
         }
         children = [subprocess.Popen(again, env=environment) for _ in range(args.workers)]
-        for child in children:
-            child.wait()
+        if failed := sum(child.wait() != 0 for child in children):
+            sys.exit(f"{failed} of {len(children)} processes failed; what is finished is kept")
     elif not args.merge:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -593,6 +594,10 @@ def merge(name: str, work: Path, texts: Texts, budget: Budget, more: More | None
         "text": {"sha256": texts.sha256, "versions": texts.versions},
         "packages": packages,
     }
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text())["text"]["sha256"] if path.exists() else texts.sha256
+    if known != texts.sha256:
+        raise ValueError(f"{path} was measured on other text: move it away to begin anew")
     about |= more(records, packages) if more else {}
     return write_results(
         name, records, about, steps=budget.steps, rows=budget.rows, size=SIZE, seeds=len(SEEDS)

@@ -100,7 +100,7 @@ def more(records: list[dict], packages: list[str]) -> dict:
     path = RESULTS / "docs_lm.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     costs = {"costs": kept["costs"]} if "costs" in kept else {}
-    return costs | {"verdicts": judge(records, packages, FAMILIES)}
+    return costs | {"verdicts": judge(records, packages, FAMILIES, BUDGET.steps)}
 
 
 def cost_of(method: str, costs: dict[str, float], late: float = 0.75) -> float:
@@ -108,10 +108,11 @@ def cost_of(method: str, costs: dict[str, float], late: float = 0.75) -> float:
 
     Examples
     --------
-    >>> cost_of("lsq, teacher, late", {"float, labels": 1.0, "lsq, teacher": 1.4}, late=0.5)
+    >>> cost_of("lsq calibrated, teacher, late", {"float, labels": 1.0, "lsq, teacher": 1.4}, late=0.5)
     1.2
     """
-    name, target, start = ([*method.split(", "), "labels", "first"])[:3]
+    name, target, start = method.split(", ")
+    name = name.split(" ")[0]  # a start that was calibrated costs nothing to speak of
     rounded = costs[f"{name}, {target}"]
     return late * costs["float, labels"] + (1 - late) * rounded if start == "late" else rounded
 

@@ -51,7 +51,7 @@ FAMILIES: Families = {
 
 
 def verdicts(records: list[dict], packages: list[str]) -> dict:
-    return {"verdicts": judge(records, packages, FAMILIES)}
+    return {"verdicts": judge(records, packages, FAMILIES, BUDGET.steps)}
 
 
 def jobs() -> Work:

@@ -14,7 +14,9 @@ Duel = tuple[str, str | tuple[str, ...], str]
 Families = dict[str, Sequence[Duel]]
 
 
-def judge(records: Sequence[dict], packages: Sequence[str], families: Families) -> list[dict]:
+def judge(
+    records: Sequence[dict], packages: Sequence[str], families: Families, steps: int
+) -> list[dict]:
     """Judge every family whose runs are complete.
 
     Parameters
@@ -24,6 +26,8 @@ def judge(records: Sequence[dict], packages: Sequence[str], families: Families) 
     packages : sequence of str
         Of each test document: documents are resampled within their packages.
     families : dict
+    steps : int
+        Of the runs that are compared; longer ones are looked at elsewhere.
 
     Returns
     -------
@@ -33,9 +37,12 @@ def judge(records: Sequence[dict], packages: Sequence[str], families: Families) 
     """
     cells: dict[tuple[str, str], list[dict]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
-        if "total" in record and record["seed"] in SEEDS:
+        if "total" in record and record["steps"] == steps:
             cells.setdefault((record["scheme"], record["method"]), []).append(record)
-    complete = {cell: runs for cell, runs in cells.items() if len(runs) == len(SEEDS)}
+    complete = {c: runs for c, runs in cells.items() if [r["seed"] for r in runs] == [*SEEDS]}
+    for cell, runs in cells.items():
+        if len({run["seed"] for run in runs}) < len(runs):
+            raise ValueError(f"{cell} has two runs of one draw: leave out what is not to count")
     lines = []
     for family, duels in families.items():
         found = []

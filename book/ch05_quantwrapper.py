@@ -460,7 +460,7 @@ print("difference:", result.difference)
 glue("ch05-float", float((answers == truth).mean()), display=False)
 glue("ch05-int8", float((answers_int8 == truth).mean()), display=False)
 low, high = result.difference.low, result.difference.high
-equal = -0.02 < low and high < 0.02
+equal = low > -0.02 and high < 0.02
 verdict = "by that margin they are equivalent"
 undecided = "one seed and these images cannot call them equivalent"
 glue("ch05-verdict", verdict if equal else undecided, display=False)

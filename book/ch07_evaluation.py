@@ -44,7 +44,7 @@ from companion import (
     model_bytes,
 )
 from companion.course.check import check
-from companion.course.figures import estimates, estimates_by_bits
+from companion.course.figures import bars, estimates, estimates_by_bits
 from companion.evaluation.estimates import paired, predict, proportion
 
 # upstream announces its removal; chapter 5 says where
@@ -347,8 +347,29 @@ print("all widths alike:", len(set(sizes.values())) == 1)
 
 # %% [markdown]
 # A quarter of the float file, whatever the width: below 8 bits this road simulates accuracy and
-# saves no byte more. Packed storage comes with Part II. Speed is not printed here, since it differs
-# from machine to machine and these pages are compared; `companion.latency` measures it on yours.
+# saves no byte more. Packed storage comes with Part II.
+#
+# ## How fast it is
+#
+# The recipe promised cheaper inference, so let us look. Times differ from machine to machine, and
+# these pages are compared; hence they were taken once, float and int8 in turn, and stand in the same
+# file (`python -m benchmarks.classic_road --speed`). `companion.latency` measures them on yours.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Milliseconds of a forward pass of ResNet-18 in float and in int8, for one image and for a batch of 25. In both cases int8 takes less."}}
+times = {}
+for row in content["speed"]:
+    images = f"{row['images']} image{'s' * (row['images'] > 1)}"
+    gain = row["float_ms"] / row["int8_ms"]
+    print(
+        f"{images}, {row['threads']} threads: int8 ({row['engine']}) is "
+        f"{gain:.1f} times as fast as float"
+    )
+    for kind in ("float", "int8"):
+        times[f"{images}, {kind}"] = row[f"{kind}_ms"]
+bars(times, xlabel="milliseconds for a forward pass")
+
+# %% [markdown]
+# TEXT3
 #
 # ## What to conclude
 #

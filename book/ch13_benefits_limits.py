@@ -628,8 +628,8 @@ print(f"no damage to be seen: {np.mean(seen <= 0):.0%} of the sets")
 # | 2 | it must be faster, not only smaller | find a kernel first, then train for its format | weight-only integers give size, not speed, on PyTorch's CPU; int8 for weights and activations has a kernel | [](ch09), [](ch10) |
 # | 3 | activations in 8 bits, too | SmoothQuant if some channels are loud; then QAT | one loud channel widens the steps of all others | [](ch11) |
 # | 4 | 8 bits, or damage not clearly above zero | round to nearest, and stop | nothing to recover | [](ch09) |
-# | 5 | very little text, or none | searched range, in groups (needs no data; a whole row's did SmolLM2 harm); GPTQ on what there is | training overfits, calibration hardly | this one, [](ch09) |
-# | 6 | 4 bits, weights only, in groups | searched range or GPTQ; QAT if the paired difference that is left is clearly above zero | on docs-lm little damage, most of which comes off without training; SmolLM2 loses a third of a nat, of which GPTQ takes back the larger part | [](ch09), [](ch11) |
+# | 5 | very little text, or none | none: a searched range in groups, the largest weight in whole rows (there the search did SmolLM2 harm); a few rows: the search with `calibration=`; more: GPTQ | training overfits, calibration hardly | this one, [](ch09), [](ch11) |
+# | 6 | 4 bits, weights only, in groups | the search with `calibration=`, or GPTQ; QAT if the paired difference that is left is clearly above zero | on docs-lm little damage, most of which comes off without training; SmolLM2 loses a third of a nat, of which GPTQ takes back the larger part | [](ch09), [](ch11) |
 # | 7 | 2 or 3 bits | QAT: learned step size; given hundreds of steps, the float model as teacher once it has settled | here the damage is | [](ch10), [](ch11) |
 # | | the same, too little memory | LoRA inside the fake quantization | few parameters train, and what is trained is what is stored | [](ch11) |
 #

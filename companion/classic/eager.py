@@ -95,7 +95,9 @@ def _clipping(observer: type) -> type:
 
         def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
             # a state saved before ranges could be searched has none
-            self.ratio = torch.empty_like(state_dict.setdefault(f"{prefix}ratio", torch.ones(())))
+            self.ratio = torch.empty_like(
+                state_dict.setdefault(f"{prefix}ratio", torch.ones(())), device=self.min_val.device
+            )
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     return Clipping
@@ -103,22 +105,34 @@ def _clipping(observer: type) -> type:
 
 def search_range(module: nn.Module, weight_bits: int) -> None:
     """Find for each output channel the share of its range that leaves the least squared error."""
+    rows = module.weight.detach().flatten(1)
+    if hasattr(module, "bn"):  # what is rounded is the weight as batch norm scales it
+        rows = rows * module.bn.weight.detach().sign()[:, None]
     scheme = QuantScheme(weight_bits, None, torch.float32)
-    ratio = best_ratio(module.weight.detach().flatten(1)[:, None], scheme, signed=False)
+    ratio = best_ratio(rows[:, None], scheme, signed=False)
     module.weight_fake_quant.activation_post_process.ratio = ratio.flatten()
 
 
 @contextmanager
 def remeasured_batch_norm(model: nn.Module) -> Iterator[None]:
-    """Inside, batch norms average the statistics of the batches that pass, from nothing on."""
+    """Inside, batch norms average the statistics of the batches that pass, from nothing on.
+
+    If a batch fails, they have the statistics from before.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.training, norm.momentum) for norm in norms]
+    statistics = [copy.deepcopy(dict(norm.named_buffers())) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over batches
         norm.train()
     try:
         yield
+    except BaseException:
+        for norm, kept in zip(norms, statistics, strict=True):
+            for name, value in kept.items():
+                getattr(norm, name).copy_(value)
+        raise
     finally:
         for norm, (mode, momentum) in zip(norms, before, strict=True):
             norm.momentum = momentum

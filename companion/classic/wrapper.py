@@ -206,6 +206,11 @@ class QuantWrapper(nn.Module):
         WrongStage, EmptyLoader
         """
         self._expect("prepared", "calibrate()", "call prepare_qat() first")
+        if self._frozen and (search or batch_norm):
+            raise WrongStage(
+                "calibrate(search=True) and calibrate(batch_norm=True) change what freeze() has fixed: "
+                "call them before freeze()"
+            )
         watched = [b[0] if isinstance(b, (tuple, list)) else b for b in islice(loader, batches)]
         if not watched:
             raise EmptyLoader("the loader gave no batch to calibrate on: is the data set empty?")
@@ -215,10 +220,15 @@ class QuantWrapper(nn.Module):
                     search_range(module, self.weight_bits)
         self.eval()
         if batch_norm:
-            self._observe_activations(False)  # what is seen meanwhile is not what comes
-            with remeasured_batch_norm(self):
-                for inputs in watched:
-                    self(inputs)
+            # with weights rounded, and activations not: their ranges are still to be found
+            self._observe_activations(False)
+            self._set_activations("fake_quant_enabled", False)
+            try:
+                with remeasured_batch_norm(self):
+                    for inputs in watched:
+                        self(inputs)
+            finally:
+                self._set_activations("fake_quant_enabled", True)
         self._observe_activations(True)
         for inputs in watched:
             self(inputs)
@@ -298,9 +308,12 @@ class QuantWrapper(nn.Module):
         return converted
 
     def _observe_activations(self, on: bool) -> None:
+        self._set_activations("observer_enabled", on)
+
+    def _set_activations(self, switch: str, on: bool) -> None:
         for name, module in self.named_modules():
-            if name.endswith("activation_post_process") and hasattr(module, "observer_enabled"):
-                module.observer_enabled.fill_(on)
+            if name.endswith("activation_post_process") and hasattr(module, switch):
+                getattr(module, switch).fill_(on)
 
     def _expect(self, stage: str, call: str, remedy: str) -> None:
         if self.stage != stage:

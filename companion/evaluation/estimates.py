@@ -24,6 +24,8 @@ RESAMPLES = 10_000
 TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 AT_ONCE = 2**19
 """Counts that are drawn at once: 4 MB."""
+SMALLEST = 10
+"""Examples that a stratum must have to be drawn from by itself."""
 KEPT = 4000
 """Examples up to which the counts are kept, one byte each, for the next score on as many."""
 
@@ -127,7 +129,8 @@ def resamples(n: int, seed: int = 0, strata: Sequence | None = None) -> Iterator
     seed : int
     strata : sequence, length n, optional
         Which stratum each example belongs to, its topic for example: as many are then drawn of
-        each as there are.
+        each as there are. Those of fewer than ten examples are drawn from together, since what
+        little they hold says too little about how far they vary.
 
     Yields
     ------
@@ -139,23 +142,27 @@ def resamples(n: int, seed: int = 0, strata: Sequence | None = None) -> Iterator
     >>> parts = [counts.shape for counts in resamples(100)]
     >>> sum(rows for rows, _ in parts), {n for _, n in parts}
     (10000, {100})
-    >>> float(next(resamples(3, strata=["a", "b", "b"]))[:, 0].mean())  # alone in its stratum
-    1.0
+    >>> drawn = next(resamples(30, strata=["a"] * 10 + ["b"] * 20))
+    >>> set(drawn[:, :10].sum(1).tolist())  # ten of the first ten, always
+    {10.0}
     """
     if strata is not None:
-        yield _within(np.unique(np.asarray(strata), return_inverse=True)[1], seed)
+        yield from _within(np.unique(np.asarray(strata), return_inverse=True)[1], seed)
         return
     for counts in _kept(n, seed) if n <= KEPT else _draws(np.full(n, 1 / n), n, seed):
         yield counts.astype(float)
 
 
-def _within(strata: np.ndarray, seed: int) -> np.ndarray:
-    """Counts of examples drawn within their strata, shape (10000, n)."""
-    rng, counts = np.random.default_rng(seed), np.empty((RESAMPLES, len(strata)))
-    for stratum in range(strata.max() + 1):
-        (own,) = np.nonzero(strata == stratum)
-        counts[:, own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), RESAMPLES)
-    return counts
+def _within(strata: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """Counts of examples drawn within their strata, small ones taken as one."""
+    strata = np.where(np.bincount(strata)[strata] < SMALLEST, -1, strata)
+    parts = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+    rng, rows = np.random.default_rng(seed), max(1, AT_ONCE // len(strata))
+    for start in range(0, RESAMPLES, rows):
+        counts = np.empty((min(rows, RESAMPLES - start), len(strata)))
+        for own in parts:
+            counts[:, own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), len(counts))
+        yield counts
 
 
 @lru_cache(maxsize=2)

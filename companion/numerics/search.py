@@ -45,6 +45,9 @@ def best_ratio(
     tensor([[-0.7500]])
     """
     groups = groups.float()
+    if importance is not None:  # a group of which nothing counts is searched as if all did
+        importance = importance.float().expand_as(groups)
+        importance = importance.masked_fill(importance.sum(-1, keepdim=True) == 0, 1)
     absmax = symmetric_scale(groups, scheme.weight_bits)
     best = torch.ones_like(absmax)
     smallest = torch.full_like(absmax, torch.inf)

@@ -175,7 +175,7 @@ def round_with_compensation(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     # What is left of a squared error in column j once the later ones have made up for it.
-    left = factor.diagonal().square().reciprocal()
+    left = factor.diagonal().square().reciprocal().masked_fill(dead[places], 0)
     scale = weight.new_zeros(rows, columns // size, dtype=scheme.scale_dtype)
     if act_order:
         scale = _searched(weight, left[places.argsort()], scheme)
@@ -320,8 +320,8 @@ def _hessians(model: nn.Module, tied: list[list[str]], passes: _Passes, place: i
     latest: list[Any] = [None, None, None]  # layers that read one tensor share its product
 
     def product(x: Tensor, scheme: QuantScheme) -> Tensor:
-        version = None if x.is_inference() else x._version
-        if latest[0] is not x or latest[1] != version:
+        version = None if x.is_inference() else x._version  # which an inference tensor has not
+        if latest[0] is not x or latest[1] != version or version is None:
             rows = x
             if scheme.activations is not None:  # as the layer will see them when served
                 rows = fake_quantize_activations(x, scheme.activations, scheme.group_size)

@@ -5,10 +5,9 @@ Built in chapter 11.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
-import torch
 from torch import Tensor, nn
 
 from companion.errors import EmptyLoader, UnsupportedModel
@@ -28,9 +27,10 @@ def input_squares(
     ----------
     model : nn.Module
     layers : sequence of str
-        Names of Linear and Conv1D layers; others, and those that meet no input, are left out.
+        Names of Linear and Conv1D layers; others, and those that meet nothing but zeros or no input
+        at all, are left out.
     loader : iterable of batches
-        As for `fit`; labels are not looked at.
+        As for `fit`; labels are not looked at, and what ``attention_mask`` masks does not count.
     batches : int
         At most so many are read.
 
@@ -59,13 +59,16 @@ def input_squares(
     tensor([4.0200, 0.0200])
     """
     sums: dict[nn.Parameter, list] = {}
+    seen_mask: list[Tensor] = []  # of the batch that is running: what is padding does not count
 
     def watch(layer: nn.Module):
         def hook(_, inputs, named) -> None:
             x = inputs[0] if inputs else next(iter(named.values()))
             rows = x.reshape(-1, x.shape[-1]).float()
+            if seen_mask and seen_mask[0].numel() == len(rows):
+                rows = rows[seen_mask[0].to(rows.device)]
             total = sums.setdefault(layer.weight, [0.0, 0])
-            total[0] += rows.square().sum(0, dtype=torch.float64)
+            total[0] += rows.square().sum(0).cpu().double()
             total[1] += len(rows)
 
         return hook
@@ -80,13 +83,20 @@ def input_squares(
     try:
         with evaluating(model):
             for seen, batch in enumerate(islice(loader, batches), 1):  # noqa: B007
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                padded = isinstance(mask, Tensor) and mask.dim() == 2
+                seen_mask[:] = [mask.flatten() != 0] if padded else []
                 run(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
     if not seen:
         raise EmptyLoader("the loader gave no batch to calibrate on: is the data set empty?")
-    squares = {weight: (total / n).float() for weight, (total, n) in sums.items() if n}
+    squares = {
+        weight: (total / n).float().to(weight.device)
+        for weight, (total, n) in sums.items()
+        if n and total.any()
+    }
     for name, layer in found.items():
         if layer.weight in squares and not squares[layer.weight].isfinite().all():
             raise UnsupportedModel(

@@ -11,6 +11,7 @@ integer-arithmetic-only inference", CVPR 2018.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterable
 from types import MethodType
@@ -124,10 +125,11 @@ def prepare_qat(
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     quantizer = make_quantizer(scheme, method)  # an unknown method is refused before all else
-    if calibration is not None and not quantizer.searches:
+    takes = inspect.signature(type(quantizer)).parameters
+    if calibration is not None and not (quantizer.searches and "importance" in takes):
         raise SchemeError(
-            f"method {method!r} searches no range, so calibration would change nothing: leave it "
-            "out, or choose 'lsq' or 'mse'"
+            f"method {method!r} searches no range by importance, so calibration would change "
+            "nothing: leave it out, or choose 'lsq' or 'mse'"
         )
     refuse_quantized(model)
     refuse_adapters(model)

@@ -335,4 +335,4 @@ def make_quantizer(
     elif not (isinstance(method, type) and issubclass(method, Absmax)):
         raise SchemeError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
     # a class of one's own need not know of the last argument
-    return method(scheme, weight, *([] if importance is None else [importance]))
+    return method(scheme, weight, **({} if importance is None else {"importance": importance}))

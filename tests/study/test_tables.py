@@ -163,6 +163,32 @@ def test_intervals_of_means_over_seeds_cover():
     assert 0.92 < hits / 400 < 0.98
 
 
+def test_intervals_of_a_study_cover():
+    """Documents of packages that differ, three draws of the training text, two arms in pairs."""
+    rng = np.random.default_rng(0)
+    packages = np.repeat(["a", "b", "c"], [12, 18, 30])
+    of_package = np.repeat([0.0, 0.3, -0.2], [12, 18, 30])  # how much more one arm gains there
+    truth, weight, hits, runs, wide = 0.1 + of_package.mean(), rng.integers(190, 256, 60), 0, 120, 0
+    for _ in range(runs):
+        own = 0.1 + of_package + rng.normal(0, 0.1, 60)  # of each document
+        noise = rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.05, (3, 60))  # of each draw
+        base = rng.normal(3.0, 0.5, 60)
+        pair = ([as_run(loss * weight, weight) for loss in losses]
+                for losses in (base + own + noise, base + np.zeros((3, 60))))  # fmt: skip
+        first, second = (Results(found, packages) for found in pair)
+        estimate = difference(first, second)
+        hits += estimate.low <= truth <= estimate.high
+        wide += estimate.high - estimate.low
+    assert 0.9 < hits / runs <= 1  # t of three draws is a severe judge, never a lenient one
+    assert wide / runs < 0.2  # and yet the interval says something
+    plain = difference(Results(first_runs(first)), Results(first_runs(second)))
+    assert plain.high - plain.low > estimate.high - estimate.low  # strata take their share out
+
+
+def first_runs(results):
+    return [as_run(scores.total, scores.weight) for scores in results.scores]
+
+
 def arms(seeds=(0,), **more):
     return [run(method, seed, loss, **more) for seed in seeds
             for method, loss in (("float", 3.0), ("nearest", 4.0), ("good", 3.1))]  # fmt: skip
