@@ -53,6 +53,7 @@ def input_squares(
 
     Examples
     --------
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(2, 3))
     >>> [squares] = input_squares(model, ["0"], [torch.tensor([[2.0, 0.0]])]).values()
     >>> squares

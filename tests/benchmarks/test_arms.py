@@ -151,7 +151,7 @@ def test_what_is_announced_is_what_runs(module):
 
 def record(method: str, seed: int, losses, validation: float = 1.0) -> dict:
     return {"scheme": "W2 g32", "method": method, "seed": seed, "total": list(losses),
-            "weight": [1] * len(losses), "validation_loss": validation,
+            "weight": [1] * len(losses), "validation_loss": validation, "steps": 100,
             "higher_is_better": False}  # fmt: skip
 
 
@@ -167,9 +167,13 @@ def test_verdicts_follow_the_rule():
               ("W2 g32", "a", "wild"), ("W2 g32", ("a", "b"), "same")],
         "Y": [("W2 g32", "a", "unfinished"), ("W2 g32", "a", "b")],
     }  # fmt: skip
-    lines = judge(records, ["p"] * 100 + ["q"] * 100, families)
+    packages = ["p"] * 100 + ["q"] * 100
+    longer = [record("a", 0, noise[0]) | {"steps": 600}]
+    lines = judge(records + longer, packages, families, 100)
     assert [line["verdict"] for line in lines] == ["better", "worse", "tie", "undecided", "worse"]
     assert lines[-1]["first"] == "b"  # by validation
     assert {line["family"] for line in lines} == {"X"}  # the other is not complete
     assert lines[0]["difference"] == pytest.approx(0.5)
     assert lines[0]["low"] <= 0.5 <= lines[0]["high"]
+    with pytest.raises(ValueError, match="two runs of one draw"):
+        judge([*records, record("a", 0, noise[1])], packages, families, 100)

@@ -294,6 +294,40 @@ def test_at_eight_bits_careful_calibration_changes_next_to_nothing(task):
     assert accuracy(careful, task.test).value > accuracy(plain, task.test).value - 0.1
 
 
+def test_a_batch_that_fails_leaves_the_statistics_and_the_rounding():
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    wrapper = QuantWrapper(outlying_net()).prepare_qat(4).calibrate([x])
+    before, norm = wrapper(x), copy.deepcopy(wrapper.model[0].bn.state_dict())
+    with pytest.raises(RuntimeError):
+        wrapper.calibrate([x, x[:, :, :4]], batch_norm=True)
+    assert all(torch.equal(v, norm[k]) for k, v in wrapper.model[0].bn.state_dict().items())
+    # a moving average forgets its past to the last bit but one: up to a step of the last layer
+    assert torch.allclose(wrapper.eval()(x), before, atol=0.02)
+    assert all(q.fake_quant_enabled for q in fake_quantizers(wrapper))
+
+
+def test_frozen_ranges_and_statistics_are_not_searched_and_measured_anew():
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    wrapper = QuantWrapper(outlying_net()).prepare_qat(4).calibrate([x]).freeze()
+    for how in ({"search": True}, {"batch_norm": True}):
+        with pytest.raises(WrongStage, match="before freeze"):
+            wrapper.calibrate([x], **how)
+
+
+def test_a_mirrored_channel_is_searched_as_it_is_rounded():
+    """Batch norm with a negative factor turns the weights of a channel around."""
+    x, error = torch.rand(8, 1, 8, 8), []
+    for sign in (1, -1):
+        net = outlying_net()
+        net[0].weight.data.abs_().mul_(sign)
+        net[1].weight.data.fill_(sign)
+        wrapper = QuantWrapper(net).prepare_qat(2).calibrate([x], search=True)
+        conv = wrapper.model[0]
+        weight = conv.weight * sign / (conv.bn.running_var + conv.bn.eps).sqrt().view(-1, 1, 1, 1)
+        error.append(float((conv.weight_fake_quant(weight) - weight).detach().square().sum()))
+    assert error[0] == pytest.approx(error[1], rel=1e-4)
+
+
 def test_a_searched_range_comes_back_with_the_state():
     x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     wrapper = QuantWrapper(outlying_net()).prepare_qat(2).calibrate([x], search=True)

@@ -72,6 +72,17 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         assert 0.91 < np.mean(covered) < 0.98
 
 
+def test_strata_keep_their_sizes_and_small_ones_are_one():
+    strata = ["a"] * 20 + ["b"] * 12 + ["c"] * 2 + ["d"]
+    counts = np.concatenate([*resamples(35, strata=strata)])
+    assert counts.shape == (10_000, 35)
+    assert (counts[:, :20].sum(1) == 20).all()
+    assert (counts[:, 20:32].sum(1) == 12).all()
+    assert (counts[:, 32:].sum(1) == 3).all()
+    assert set(counts[:, 34]) == {0, 1, 2, 3}  # the single one of its stratum varies, too
+    assert abs(counts.mean(0) - 1).max() < 0.05
+
+
 def test_predict_leaves_the_mode_as_it_was():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Identity())
     x = torch.eye(3)

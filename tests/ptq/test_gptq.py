@@ -110,13 +110,32 @@ def test_layers_that_read_one_tensor_share_their_hessian_unless_it_changes_betwe
             return first + self.second(x)
 
     x, scheme = correlated(256, 32), QuantScheme(2, 32)
-    for changes in (False, True):
+    products = []
+    for changes, mode in itertools.product((False, True), (torch.no_grad, torch.inference_mode)):
         torch.manual_seed(0)
         block = Block(changes)
         block.second.weight.data.copy_(block.first.weight)
-        rounded = gptq(block, scheme, [(x, None)], progress=False)
+        with mode():
+            rounded = gptq(nn.Sequential(block), scheme, [(x, None)], progress=False)[0]
         same = torch.equal(rounded.first.weight, rounded.second.weight)
         assert same is not changes
+        products.append(rounded.first.weight)
+    assert all(torch.equal(products[0], weight) for weight in products)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_columns_that_meet_nothing_do_not_choose_the_scale(act_order):
+    weight, x = random(0, 32, 128), 0.01 * correlated(512, 128)
+    x[:, ::4] = 0
+    hessian = x.t() @ x / 512
+    error = []
+    for w in (weight, torch.where((x != 0).any(0), weight, 0.0)):  # what they hold cannot matter
+        integers, scale = round_with_compensation(
+            w, hessian, QuantScheme(3, 32), act_order=act_order
+        )
+        values = (integers.view(32, 4, 32) * scale[..., None].float()).view(32, 128)
+        error.append(float(((values - weight) @ x.t()).square().mean()))
+    assert error[0] < 1.2 * error[1]
 
 
 def test_result_converts_exactly_and_trains_on():

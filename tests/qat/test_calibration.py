@@ -99,7 +99,22 @@ def test_layers_that_meet_nothing_and_channels_that_are_silent():
     assert torch.equal(qat.unused.quantizer.first, plain.unused.quantizer.first)
     assert qat.used.quantizer.first.isfinite().all()
     silent = prepare_qat(model, W3, calibration=[torch.zeros(8, 32)])
-    assert silent.used.quantizer.first.isfinite().all()
+    assert torch.equal(silent.used.quantizer.first, plain.used.quantizer.first)
+
+
+def test_what_is_masked_does_not_count():
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    rows = torch.randint(3, 64, (2, 8))
+    padded = {"input_ids": torch.cat([rows, torch.zeros(2, 40, dtype=torch.int64)], 1),
+              "attention_mask": torch.cat([torch.ones(2, 8), torch.zeros(2, 40)], 1).long()}  # fmt: skip
+    name = "model.layers.0.mlp.down_proj"
+    found = [next(iter(input_squares(model, [name], [batch]).values()))
+             for batch in ({"input_ids": rows}, padded)]  # fmt: skip
+    assert torch.allclose(*found, rtol=1e-4)
 
 
 class OnesOwn(LearnedStepSize):
@@ -108,16 +123,23 @@ class OnesOwn(LearnedStepSize):
     def __init__(self, scheme, weight=None):
         super().__init__(scheme, weight)
 
-    searches = False
+
+class WithMore(LearnedStepSize):
+    """One whose third argument is its own."""
+
+    def __init__(self, scheme, weight=None, clip=1.0):
+        assert clip == 1.0
+        super().__init__(scheme, weight)
 
 
 def test_what_would_change_nothing_or_cannot_be_measured_is_refused():
     model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(4, 32)
     with pytest.raises(SchemeError, match="calibration would change nothing"):
         prepare_qat(model, W3, "absmax", calibration=[x])
-    with pytest.raises(SchemeError, match="calibration would change nothing"):
-        prepare_qat(model, W3, OnesOwn, calibration=[x])
-    assert isinstance(prepare_qat(model, W3, OnesOwn)[0].quantizer, OnesOwn)
+    for method in (OnesOwn, WithMore):
+        with pytest.raises(SchemeError, match="calibration would change nothing"):
+            prepare_qat(model, W3, method, calibration=[x])
+        assert isinstance(prepare_qat(model, W3, method)[0].quantizer, method)
     with pytest.raises(EmptyLoader):
         prepare_qat(model, W3, calibration=[])
     with pytest.raises(UnsupportedModel, match="0 meets inputs that are not finite"):
