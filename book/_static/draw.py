@@ -95,17 +95,22 @@ def icons():
 def results():
     path = HERE.parents[1] / "benchmarks" / "results" / "classic_road.json"
     records = json.loads(path.read_text())["records"]
+    shown = {
+        "QAT": "qat",
+        "PTQ, with care": "ptq searched",
+        "PTQ, plain": "ptq",
+    }
 
     def pooled(arm, bits):
+        asked = (arm, bits, 0.02)
         chosen = [
-            r for r in records if (r["arm"], r["bits"]) == (arm, bits)
+            r for r in records if (r["arm"], r["bits"], r["lr"]) == asked
         ]
         return proportion(np.array([p == y for r in chosen
                                     for p, y in zip(r["predictions"], r["labels"], strict=True)]))  # fmt: skip
 
     fig = estimates_by_bits(
-        {"QAT": {b: pooled("qat", b) for b in (8, 4, 2)},
-         "rounded afterwards (PTQ)": {b: pooled("ptq", b) for b in (8, 4, 2)}},
+        {name: {b: pooled(arm, b) for b in (8, 4, 2)} for name, arm in shown.items()},
         ylabel="accuracy", reference=("float fine-tune", pooled("float", 32)),
     )  # fmt: skip
     fig.savefig(HERE / "results.png", dpi=110)
