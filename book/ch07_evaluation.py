@@ -391,8 +391,8 @@ bars(times, xlabel="milliseconds for a forward pass")
 #
 # ## What to conclude
 #
-# - **First the learning rate.** It moved the float control, and with it every other arm, by more than
-#   four bits did.
+# - **First the learning rate.** A better one lifted the float control and everything that was still near
+#   it, and took away most of what four bits had cost.
 # - **8 bits: round.** Rounded as it is, trained under rounding, or left in float, the three are
 #   equivalent at both rates. Training under rounding has nothing to give back.
 # - **4 bits: round with care.** At the better rate a careful rounding is equivalent to float. At the
