@@ -88,12 +88,22 @@ def test_inputs_in_one_range_cost_more_than_four_bits_in_the_weights():
 
 
 @pytest.mark.parametrize("group", ["g32", "row"])
-@pytest.mark.parametrize("method", ["nearest", "searched", "gptq"])
+@pytest.mark.parametrize("method", ["nearest", "searched", "calibrated", "gptq"])
 @pytest.mark.parametrize("prefix", ["map", "docs-lm"])
 def test_damage_grows_as_bits_fall(prefix, method, group):
     line = [f"{prefix} W{bits} {group} {method}" for bits in (8, 4, 3, 2)]
     for fine, coarse in pairwise(losses(part) for part in line if part in PARTS):
         assert loss_difference(coarse, fine).low > 0
+
+
+@pytest.mark.parametrize("group", ["g32", "row"])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_who_looks_at_the_inputs_loses_less(bits, group):
+    nearest, calibrated, gptq = (
+        losses(f"map W{bits} {group} {how}") for how in ("nearest", "calibrated", "gptq")
+    )
+    assert loss_difference(nearest, calibrated).low > 0.05
+    assert loss_difference(calibrated, gptq).low > 0.05
 
 
 def test_a_searched_range_takes_back_some_of_it_at_four_bits():
@@ -160,7 +170,8 @@ def test_prose_names_only_what_the_file_has():
     for part in ("map W4 g32 searched", "docs-lm W4 g32 searched", "layers W2 g32", "channels",
                  "map W8A8 row nearest", "map W4A8 g32 nearest",
                  *(f"map W{b} row {how}" for b in (4, 3) for how in ("nearest", "searched")),
-                 *(f"map W{b} g32 gptq" for b in (4, 3)),
+                 *(f"map W{b} {g} {how}" for b in (4, 3) for g in ("g32", "row")
+                   for how in ("calibrated", "gptq")),
                  *(f"map W2 {g} nearest" for g in ("g32", "row")),
                  *(f"{m} W{b} g32 nearest" for m in ("map", "docs-lm") for b in (4, 3)),
                  *(f"chats {name}" for name in ("float", "W8 g32", "W4 g32", "W3 g32", "W2 g32")),
