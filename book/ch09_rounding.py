@@ -395,7 +395,7 @@ plots = {
     for group, title in GROUPS.items()
 }
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Damage of rounding in nats per token, on a logarithmic axis, against 8, 4, 3 and 2 bits; groups of 32 above, one scale per row below. docs-lm's line lies far below those of SmolLM2 from four bits on. At 8 bits all are near zero. At 4 bits SmolLM2 loses about a third of a nat in groups of 32 and docs-lm about a hundredth. Of SmolLM2's lines, the searched range lies below the nearest in groups of 32; with one scale per row it lies above it at four and three bits. GPTQ lies lowest in groups of 32, and at four bits per row a little above the nearest."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Damage of rounding in nats per token, on a logarithmic axis, against 8, 4, 3 and 2 bits; groups of 32 above, one scale per row below. docs-lm's line lies far below those of SmolLM2 from four bits on. At 8 bits all are near zero. At 4 bits SmolLM2 loses about a third of a nat in groups of 32 and docs-lm about a hundredth. Of SmolLM2's lines, the searched range lies below the nearest in groups of 32; with one scale per row it lies above it at four and three bits. The search that knows the inputs lies below both in groups and in rows, and of SmolLM2's lines GPTQ lies lowest everywhere."}}
 damage_by_bits(
     plots,
     title="Four bits: nearly free for docs-lm,\nnot for SmolLM2",
