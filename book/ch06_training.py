@@ -281,14 +281,16 @@ fake = qat.model.layer1[0].conv1.weight_fake_quant
 watcher = fake.activation_post_process
 print("integers:", fake.quant_min, "to", fake.quant_max)
 print("scheme:  ", fake.qscheme, "along dimension", fake.ch_axis)
-print("observer:", type(watcher).__name__)
+print("observer:", type(watcher).__base__.__name__)
 counts = [len(list(m.parameters())) for m in (start, qat)]
 print("parameters to train, before and after:", *counts)
 
 # %% [markdown]
 # Each `FakeQuantize` holds an {term}`observer`, which watches the range and sets the scale, and the
-# operator from above, which rounds. Neither adds a parameter to train. Activations are rounded too,
-# to 8 bits and with one scale for each tensor; [](ch05) says why.
+# operator from above, which rounds. Neither adds a parameter to train. (The class that the wrapper uses
+# is derived from the one named here: it may also keep to a share of the range, for the search that
+# [](ch07) tries.) Activations are rounded too, to 8 bits and with one scale for each tensor; [](ch05)
+# says why.
 #
 # ## Why train mode
 #

@@ -217,7 +217,7 @@ print("QAT above PTQ at 2 bits:", gain.low > 0)
 #   its largest weight;
 # - with *batch norm* measured anew. Rounding shifts what a layer puts out, and the old statistics
 #   describe channels that are no longer there; one pass over a few batches takes new ones.
-#   (Training under rounding does that anyway, so a fair comparison gives it to the other side;)
+#   (Training under rounding does that anyway, so a fair comparison gives it to the other side, too);
 # - *searched*: the same, and for each channel the range that rounds its weights with the smallest
 #   squared error.
 #
