@@ -338,9 +338,10 @@ print("QAT, on 99 % or more:", "✓" if trained_agree >= 0.99 else "✗")
 # rounding took. At 0.001, where we have stayed so far because the recipe does, it gives back most. Part of
 # what looked like the price of rounding was the price of a timid learning rate.
 #
-# And care can cost. At 0.001 and 8 bits, new batch-norm statistics make the model *worse*: they come
-# from two hundred images, where the old ones had seen all of pre-training, and 8 bits had shifted next
-# to nothing that needed mending. Measure anew where rounding is coarse, and look at the result.
+# And care can cost. At 0.001 and 8 bits, the arms with new batch-norm statistics are *worse*. We have not
+# taken the reason apart; a likely one is that the new statistics come from two hundred images and the old
+# ones from many more, while 8 bits had shifted next to nothing that needed mending. Measure anew where
+# rounding is coarse, and look at the result.
 #
 # (The converted model answers like the fake-quantized one on 99 % of the images for every model that
 # was trained under rounding. After rounding to two bits it is a little less: a model that is wrong on

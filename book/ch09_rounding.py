@@ -484,9 +484,9 @@ print("documents behind each interval:", w4.n, "and", w4_docs.n)
 #
 # **A search can do harm.** Go down the table to the rows. With one scale for a whole row, the range
 # that the search chose loses *more* than the largest weight does, at four bits and at three. The search
-# counts squared errors of weights and nothing else, and so it clips the few large weights, which in this
-# model meet the loudest inputs. Let it count what each weight is multiplied by, and it helps everywhere:
-# in groups of 32 it takes back {glue:text}`ch09-seen-w4:.0%` of the damage at four bits and
+# counts squared errors of weights and nothing else; it cannot know that a weight which it clips meets a
+# loud input. Let it count what each weight is multiplied by, and it helps at four bits and at three, in
+# groups and in rows: in groups of 32 it takes back {glue:text}`ch09-seen-w4:.0%` of the damage at four bits and
 # {glue:text}`ch09-seen-w3:.0%` at three.
 #
 # {term}`GPTQ` also lets the weights still to come make up for the errors of those before. On 65,536

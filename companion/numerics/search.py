@@ -54,14 +54,14 @@ def best_ratio(
     # Eight-bit kernels expect positive scales, and one integer of 256 is not worth a sign.
     signs = (1, -1) if (scheme.weight_bits < 8 if signed is None else signed) else (1,)
     for ratio in _RATIOS:
-        for signed in (ratio * sign for sign in signs):
-            scale = (absmax * signed).to(scheme.scale_dtype)
+        for share in (ratio * sign for sign in signs):
+            scale = (absmax * share).to(scheme.scale_dtype)
             error = (fake_quantize(groups, scale, bits=scheme.weight_bits) - groups).square_()
             if importance is not None:
                 error = error.mul_(importance)
             error = error.sum(-1, keepdim=True)
             better = error < smallest
-            best = torch.where(better, signed, best)
+            best = torch.where(better, share, best)
             smallest = torch.where(better, error, smallest)
     return best
 
