@@ -1,6 +1,6 @@
 """Arms of a study: how each trains, how its rate is found, and what is measured once.
 
-Two studies are made of it: `benchmarks.smollm2` and `benchmarks.docs_lm`. What they
+Two studies are made of it: `benchmarks.smollm2` and `benchmarks.recovery`. What they
 compare, and by which rule, stands in benchmarks/hypotheses.md, written before a test split was
 opened. Every arm takes equally many optimizer steps on the same rows, keeps the weights that did
 best on validation, and has its learning rate chosen there from three or more, the best of them
@@ -59,7 +59,7 @@ SEEN = 16
 """Rows that calibrated arms see before the first step: 4,096 tokens."""
 FACTOR, MOST = 3.0, 6
 """Where the best rate is at an end, the next one beyond it; trials at most."""
-PTQ = ("nearest", "mse", "gptq")
+PTQ, PLAIN = ("nearest", "mse", "gptq"), {"nearest": "absmax"}
 W4, W3, W2 = (QuantScheme(bits) for bits in (4, 3, 2))
 
 
@@ -75,6 +75,8 @@ class Budget:
         Optimizer steps, rows of 256 tokens in each.
     looks : int
         Measurements on validation while it trains.
+    bfloat16 : bool
+        Whether a CPU that multiplies in bfloat16 does so while it trains, under autocast.
     """
 
     float_rates: tuple[float, ...]
@@ -82,6 +84,7 @@ class Budget:
     steps: int = 100
     rows: int = 8
     looks: int = 5
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,8 @@ class Job:
 
 More = Callable[[list[dict], list[str]], dict]
 Work = Sequence[Job | tuple[str, QuantScheme, int]]
-"""Jobs in the order of their weight; ("ptq", scheme, draw) rounds a float control afterwards."""
+"""Jobs in the order of their weight; ("ptq", scheme, draw) rounds a float control afterwards, by all of
+PTQ, and ("autoround", scheme, draw) by AutoRound."""
 
 FLOAT, IMITATING_FLOAT = Arm("float"), Arm("float", "teacher")
 
@@ -174,6 +178,9 @@ class Study:
         self.work, self.texts, self.device, self.deadline = work, texts, device, deadline
         self.budget, self.small, self.rows = budget, small, 2 if small else budget.rows
         self.start = start.to(device)
+        self.bfloat16 = (
+            budget.bfloat16 and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        )
         self.held_out = {p: texts.test(p, 2 * self.rows, device) for p in ("validation", "test")}
         if small:
             self.held_out = {part: batches[:1] for part, batches in self.held_out.items()}
@@ -200,7 +207,7 @@ class Study:
             if not path.exists():
                 if time.time() > self.deadline:
                     raise TimeoutError
-                record = {"name": name} | make() | {"machine": machine(self.device)}
+                record = {"name": name} | make() | {"machine": machine(self.device, self.bfloat16)}
                 write_atomically(path, lambda part: part.write_text(json.dumps(record)))
                 losses = {k: record[k] for k in ("validation_loss", "loss") if k in record}
                 print(f"{time.strftime('%X')} {name}: {losses}", flush=True)
@@ -209,7 +216,7 @@ class Study:
     def do(self, job) -> None:
         """Tune and run one job, or round the float controls."""
         if isinstance(job, tuple):
-            for method in PTQ:
+            for method in PTQ if job[0] == "ptq" else job[:1]:
                 self.round_after(job[1], method, job[2])
             return
         rate = self.tune(job)
@@ -282,15 +289,33 @@ class Study:
             except torch.AcceleratorError as error:  # what cannot be captured is launched
                 print(f"no graph: {error}", flush=True)
         groups = _with_step_rate(model, rate, step_rate)
+
+        def validate(model: nn.Module) -> float:
+            with self.autocast():
+                return document_losses(model, self.held_out["validation"]).mean
+
         history = fit(
-            model, batches, steps=len(batches), loss_fn=loss,
-            optimizer=torch.optim.AdamW(groups, lr=rate),
-            validate=lambda m: document_losses(m, self.held_out["validation"]).mean,
+            model, batches, steps=len(batches), loss_fn=self.half(loss),
+            optimizer=torch.optim.AdamW(groups, lr=rate), validate=validate,
             validate_every=math.ceil(len(batches) / self.budget.looks), progress=False,
         )  # fmt: skip
         if graphed is not None:
             graphed.check(batches[-1])
         return history.validation
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.bfloat16, self.bfloat16)
+
+    def half(self, loss):
+        """A loss whose products, forward and back, are in bfloat16 where the CPU has them."""
+        if not self.bfloat16:
+            return loss
+
+        def halved(model: nn.Module, batch: dict) -> Tensor:
+            with self.autocast():
+                return loss(model, batch)
+
+        return halved
 
     def float_phase(self, batches: list, draw: int, steps: int) -> nn.Module:
         """The steps in floating point that late arms of a draw share."""
@@ -316,23 +341,35 @@ class Study:
         if not path.exists():  # only its numbers were kept
             again, _ = self.train(job, draw, rate)
             write_atomically(path, lambda part: save_model(again, str(part)))
+            self.again(again, draw)
         model = copy.deepcopy(self.start)
         load_model(model, path, device=str(self.device))
         return model
+
+    def again(self, model: nn.Module, draw: int) -> None:
+        """A control that was trained a second time, perhaps by another machine: is it the same?"""
+        self.kept(
+            f"float again, draw {draw}",
+            lambda: self.record(model, test=True)
+            | {"scheme": "float", "method": "float again", "seed": draw,
+               "steps": self.steps(Job(FLOAT)), "lr": 0.0},
+        )  # fmt: skip
 
     def round_after(self, scheme: QuantScheme, method: str, draw: int) -> None:
         """Round a float control without training."""
 
         def make() -> dict:
             model, steps = self.load_control(draw), self.steps(Job(FLOAT))
-            if method == "gptq":
-                rows = 4 if self.small else CALIBRATION
-                calibration = self.texts.calibration(rows, 2 * self.rows, self.device)
-                model = gptq(model, scheme, calibration, batches=len(calibration),
-                             act_order=True, progress=False)  # fmt: skip
+            rows = 4 if self.small else CALIBRATION
+            calibration = self.texts.calibration(rows, 2 * self.rows, self.device)
+            if method == "autoround":
+                model = autoround(model, scheme, calibration)
+            elif method == "gptq":
+                model = convert(gptq(model, scheme, calibration, batches=len(calibration),
+                                     act_order=True, progress=False))  # fmt: skip
             else:
-                model = prepare_qat(model, scheme, {"nearest": "absmax"}.get(method, method))
-            return self.record(convert(model), test=True) | {
+                model = convert(prepare_qat(model, scheme, PLAIN.get(method, method)))
+            return self.record(model, test=True) | {
                 "scheme": scheme_name(scheme), "method": method, "seed": draw, "steps": steps,
                 "float_steps": steps, "lr": 0.0, "training_tokens": steps * self.rows * SIZE,
             }  # fmt: skip
@@ -467,10 +504,29 @@ def prepare_torchao(model: nn.Module, scheme: QuantScheme):
     return model, finish
 
 
-def machine(device: torch.device) -> str:
+def autoround(model: nn.Module, scheme: QuantScheme, calibration: list) -> nn.Module:
+    """Round by AutoRound's own package and its usual 200 iterations a block.
+
+    The result holds its weights on their grid in float32: `bytes` of its record are those of a float
+    model.
+    """
+    from auto_round import AutoRound
+
+    rows = [row for batch in calibration for row in batch["input_ids"].split(1)]
+    tuned = AutoRound(
+        model, object(),  # stands for a tokenizer, which rows that are encoded do not need
+        bits=scheme.weight_bits, group_size=scheme.group_size or -1, sym=True,
+        dataset=rows, nsamples=len(rows), seqlen=SIZE, batch_size=8, iters=200, amp=False,
+        enable_torch_compile=False, device_map=str(model.device),
+    )  # fmt: skip
+    return tuned.quantize()[0]
+
+
+def machine(device: torch.device, bfloat16: bool = False) -> str:
     """What a run was made with; the results file may hold runs of several machines."""
     versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "torchao")]
     place = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    place += " in bfloat16" * bfloat16
     return ", ".join([place, *versions])
 
 
@@ -509,7 +565,7 @@ def _lock(path: Path) -> Iterator[None]:
 def work_through(study: Study, jobs: Work) -> None:
     """Take the next job that no other process has."""
     for job in jobs:
-        name = job.name if isinstance(job, Job) else f"ptq {scheme_name(job[1])} {job[2]}"
+        name = job.name if isinstance(job, Job) else f"{job[0]} {scheme_name(job[1])} {job[2]}"
         mine = open(study.work / f"{name}.job", "w")  # noqa: SIM115  held until this process ends
         try:
             fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)

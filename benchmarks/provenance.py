@@ -27,6 +27,8 @@ PACKAGES = (
     "peft",
 )
 
+PLACES = ("--work", "--texts")
+
 
 def provenance(**settings) -> dict:
     """Return command, settings, versions, machine and date of this run.
@@ -36,8 +38,10 @@ def provenance(**settings) -> dict:
     >>> sorted(provenance(seeds=3))
     ['command', 'date', 'machine', 'settings', 'versions']
     """
+    said = iter(sys.argv[1:])  # folders of this machine say nothing to others
+    words = [word for word in said if word not in PLACES or not next(said, "")]
     return {
-        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
         "settings": settings,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},

@@ -30,7 +30,7 @@ from companion import QuantScheme
 
 LONG = 600
 """Steps of the longest run of the curve."""
-BUDGET = Budget((2e-5, 6e-5, 2e-4), (5e-5, 1.5e-4, 5e-4))
+BUDGET = Budget((2e-5, 6e-5, 2e-4), (5e-5, 1.5e-4, 5e-4), bfloat16=True)
 W4_ROW = QuantScheme(4, None)
 LEARNED, TORCHAO = Arm("lsq", calibrated=True), Arm("torchao")
 DEFAULT = replace(LEARNED, target="teacher", start="late")

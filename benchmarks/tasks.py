@@ -7,10 +7,10 @@ Float control, post-training and quantization-aware training from the same start
 Which way QAT goes is fixed beforehand by the rule of chapter 11: a model that knows its task
 already imitates itself from the first step; one with a freshly drawn head learns from the labels,
 and rounds from the first step, too. Learning rates are tried at two bits in groups, two for each arm, on
-validation, seed 100. The language model is taken over from benchmarks/results/recovery.json,
-whose test split was measured once. Writes benchmarks/results/tasks.json: ``records`` (one for
-each task, scheme, arm and seed), ``baselines``, ``runs`` and the ``levers``. Interrupted, the
-same command goes on after the last finished run.
+validation, seed 100. The rows of the language model are of an earlier study, and stay as they are.
+Writes benchmarks/results/tasks.json: ``records`` (one for each task, scheme, arm and seed),
+``baselines``, ``runs`` and the ``levers``. Interrupted, the same command goes on after the last
+finished run.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.provenance import RESULTS, write_results
-from companion import W8A8, QuantScheme, compare, load_pretrained, load_task
+from companion import W8A8, QuantScheme, compare, load_pretrained, load_task, prepare_qat
 from companion.course.baselines import BASELINES
 from companion.course.sources import MINILM
 from companion.evaluation.estimates import Scores
-from companion.study.recipes import ARMS
+from companion.study.recipes import Arm
 from companion.study.tables import scheme_name
 
 TUNED = QuantScheme(2)
 TRAINED = (QuantScheme(4), QuantScheme(3, None), QuantScheme(2), QuantScheme(2, None))
 SCHEMES = (W8A8, *TRAINED)  # at eight bits there is nothing to train for: chapter 13
-IMITATION = replace(ARMS["lsq"], name="imitation", distil=True)
+LEARNED = Arm("lsq", lambda model, scheme, task, skip: prepare_qat(model, scheme, skip=skip))
+IMITATION = replace(LEARNED, name="imitation", distil=True)
 """The learned step size, with the start of the run as the teacher."""
 POST_TRAINING = ("nearest", "gptq")
 LOG = RESULTS / "tasks.unfinished.json"
 LANGUAGE = "language-reference"
 STUDIES = {  # task: model, head, how QAT goes, learning rates, options of the task
     "cloze": ("docs-lm", None, IMITATION, (1e-4, 1e-3), {"block_size": 128, "batch_size": 4}),
-    "topics": (MINILM, "classification", ARMS["lsq"], (1e-4, 3e-4), {}),
+    "topics": (MINILM, "classification", LEARNED, (1e-4, 3e-4), {}),
     "summaries": (MINILM, "retrieval", IMITATION, (1e-4, 3e-4), {}),
-    "code-words": (MINILM, "tokens", ARMS["lsq"], (1e-4, 3e-4), {}),
+    "code-words": (MINILM, "tokens", LEARNED, (1e-4, 3e-4), {}),
 }
 SKIP = ("classifier", "pooler")
 
@@ -67,14 +68,6 @@ def study(name: str, steps: int, seeds: int) -> tuple[list[dict], list[dict]]:
     trials = [run for key, run in log.items()
               if key.endswith("validation") and run["task"] == name]  # fmt: skip
     return runs, trials
-
-
-def language_runs() -> list[dict]:
-    """What the recovery study measured on the language reference, for these schemes."""
-    wanted = {"float"} | {scheme_name(scheme) for scheme in SCHEMES}
-    known = json.loads((RESULTS / "recovery.json").read_text())["runs"]
-    return [run for run in known if run["task"] == LANGUAGE and run["scheme"] in wanted
-            and run["method"] in ("float", *POST_TRAINING, "default")]  # fmt: skip
 
 
 def records(runs: list[dict], baselines: dict[str, dict]) -> list[dict]:
@@ -138,7 +131,8 @@ def main() -> None:
     levers = {name: [r for r in known["levers"] if r["task"] == name] for name in STUDIES}
     for name in args.tasks or STUDIES:
         runs[name], levers[name] = study(name, args.steps, args.seeds)
-    everything = language_runs() + [run for found in runs.values() for run in found]
+    everything = [run for run in known["runs"] if run["task"] == LANGUAGE]
+    everything += [run for found in runs.values() for run in found]
     done = dict.fromkeys(run["task"] for run in everything)
     baselines = {task: baseline(task) for task in done}
     more = {"baselines": baselines, "runs": everything,

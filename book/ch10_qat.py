@@ -59,7 +59,6 @@ from companion.course.figures import curves, estimates
 from companion.course.sources import load_tokenizer
 from companion.evaluation.estimates import bootstrap
 from companion.evaluation.language import (
-    DocumentLosses,
     as_perplexity,
     document_losses,
     loss_difference,
@@ -263,21 +262,14 @@ refusal(lambda: prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3)), W2))
 # weights that did best on the validation documents.
 #
 # Learning rates were chosen beforehand, by the validation loss, with as many trials for either
-# arm and with a seed of their own. The search stands in a results file, to which we come back.
+# arm and with a seed of their own (`python -m benchmarks.first_rates`).
 
 # %%
-content = json.loads(
-    (
-        Path("..") / "benchmarks" / "results" / "first_recovery.json"
-    ).read_text()
-)
+results = Path("..") / "benchmarks" / "results"
+records = json.loads((results / "first_rates.json").read_text())["records"]
 rates = {}
 for arm in ("float", "W2"):
-    trials = [
-        r
-        for r in content["records"]
-        if (r["arm"], r["scheme"]) == ("tuning", arm)
-    ]
+    trials = [r for r in records if r["arm"] == arm]
     for r in trials:
         print(
             f"{arm:5}  rate {r['lr']}: validation loss "
@@ -598,93 +590,20 @@ for name, model in {"absmax": ours, "absmax-torchao-gradient": arm}.items():
 # Which rule trains better is not settled by counting. More names on both sides stand in
 # [](torchao_mapping.md).
 #
-# ## More seeds, more widths
+# ## What this was, and what it was not
 #
-# One seed and one width are an example. The results file holds several seeds, three widths and
-# longer training, made with the same functions by
-#
-# ```
-# python -m benchmarks.first_recovery
-# ```
-#
-# It keeps the loss of every arm on every test document, so that all numbers below are computed
-# here, in the way of the last section. Learning rates were tried at the length of the run above and
-# kept for the longer ones. [](ch11) measures the same method again, in a study of its own and with
-# other steps, and prints another share at four bits: where the damage is that small, details like
-# these may decide.
-
-# %% tags=["hide-input"]
-settings = content["provenance"]["settings"]
-seeds = range(settings["seeds"])
-print(
-    f"{content['provenance']['date']}: {settings['steps']} steps, "
-    f"{len(seeds)} seeds"
-)
-
-
-def recorded(arm, scheme, seed):
-    key = (arm, scheme, seed)
-    (r,) = (
-        r
-        for r in content["records"]
-        if (r["arm"], r["scheme"], r["seed"]) == key
-    )
-    return DocumentLosses(np.array(r["loss"]), np.array(r["tokens"]))
-
-
-def over_seeds(arm, scheme):
-    """The loss on each document, averaged over the seeds."""
-    runs = [recorded(arm, scheme, seed) for seed in seeds]
-    return DocumentLosses(
-        np.mean([run.loss for run in runs], axis=0), runs[0].tokens
-    )
-
-
-def recovered(scheme, losses, *seed):
-    return recovery(
-        losses("control", "float", *seed),
-        losses("ptq", scheme, *seed),
-        losses("qat", scheme, *seed),
-    )
-
+# One seed, one width, one learning rate, and few documents, of which some are much longer than others:
 
 # %%
-found = {
-    scheme: recovered(scheme, over_seeds) for scheme in ("W4", "W3", "W2")
-}
-for scheme, result in found.items():
-    each = [recovered(scheme, recorded, seed).share for seed in seeds]
-    by_seed = ", ".join(
-        f"{share.value:.0%}" if share else "nothing to recover"
-        for share in each
-    )
-    print(
-        f"{scheme}  damage {result.damage}\n    recovered {result}; by "
-        f"seed: {by_seed}"
-    )
-
-# %% mystnb={"image": {"alt": "Share of the damage that training recovered, with intervals, for four, three and two bits in groups of 32, averaged over the seeds."}} tags=["hide-input"]
-estimates(
-    {
-        scheme: result.share
-        for scheme, result in found.items()
-        if result.share
-    },
-    xlabel="share of the damage recovered",
-)
+tokens = c.tokens
+print(f"{len(tokens)} test documents")
+print(f"the longest holds {tokens.max() / tokens.sum():.0%} of the tokens")
 
 # %% [markdown]
-# The fewer the bits, the larger the damage. Where it is small, the share divides one small
-# difference by another and says little; the damage printed beside it says what was at stake. Three
-# bits came off worst, with seeds that disagree: plain QAT is not a cure for everything, and whether
-# another method does better there is a question for a later chapter. The intervals are over
-# documents; the values by seed show what the seed adds. And all of it is one small model on one
-# text.
-
-# %%
-damages = [result.damage.value for result in found.values()]
-print("damage grows as bits fall:       ", damages == sorted(damages))
-print("two bits, half or more recovered:", found["W2"].share.low > 0.5)
+# That is enough to see the mechanism at work. It is no evidence of how much QAT recovers in general:
+# intervals from so few and so unequal documents promise more than they hold. [](ch11) asks the question
+# again, with hundreds of short documents, three draws of the training text, a rate for every arm, two
+# models, and opponents that do not train at all.
 
 # %% [markdown]
 # ## An encoder, in a loop of your own

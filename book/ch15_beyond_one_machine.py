@@ -425,8 +425,7 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 # - *Its weights.* A teacher adds 4 bytes for each parameter, or 2 in bfloat16, but neither gradients nor
 #   moments, since it does not train.
 # - *Its time.* Every step that imitates has one more forward pass, the teacher's. None of the times above
-#   has it. The column `cost` in [](ch11) does, with a teacher in the last quarter of the steps; two tasks of
-#   [](ch12) have one in every step.
+#   has it. The column *time* in [](ch11) does: of docs-lm, such a step takes nearly half as long again.
 # - *Its logits.* A language model answers each token with one number for every token of its vocabulary, and
 #   imitation needs such a row from the student and one from the teacher. With long texts and a large
 #   vocabulary they can outgrow the weights. `fit` takes them piece by piece where it can, so that they are

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks import docs_lm, smollm2
+from benchmarks import recovery, smollm2
 from benchmarks.arms import (
     FLOAT,
     IMITATING_FLOAT,
@@ -30,8 +31,9 @@ from companion import prepare_qat
 from companion.study.tables import scheme_name
 from companion.training.losses import distillation_loss
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "smollm2.json"
-RECORDS = json.loads(RESULTS.read_text())["records"]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STUDIES = [recovery, smollm2]
+LENGTHS = {recovery: {*recovery.CURVE, *recovery.EQUAL.values()}, smollm2: {smollm2.LONG}}
 
 
 def tiny(seed: int = 0) -> nn.Module:
@@ -77,7 +79,7 @@ def test_capturable_steps_are_learned_steps():
     assert all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0])
 
 
-ARMS = {job.arm for module in (smollm2, docs_lm) for job in module.jobs() if isinstance(job, Job)}
+ARMS = {job.arm for module in (smollm2, recovery) for job in module.jobs() if isinstance(job, Job)}
 
 
 @pytest.mark.parametrize("arm", sorted(ARMS, key=lambda arm: arm.name), ids=lambda arm: arm.name)
@@ -102,6 +104,24 @@ def test_a_run_is_done_once(study, monkeypatch):
         study.run(Job(FLOAT), 1, 1e-3, test=False)
 
 
+def test_a_cpu_with_bfloat16_trains_in_it_and_measures_in_float32(study, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for wanted in (True, False):
+        budget = replace(study.budget, bfloat16=wanted)
+        again = Study(study.work / str(wanted), study.texts, study.start, study.device, math.inf,
+                      budget, small=True)  # fmt: skip
+        seen = []
+        hook = again.start.lm_head.register_forward_hook(
+            lambda *a, seen=seen: seen.append(a[2].dtype)
+        )
+        record = again.run(Job(FLOAT), 0, 1e-3, test=False)
+        hook.remove()
+        assert record["machine"].split(",")[0].endswith(" in bfloat16") == wanted
+        assert (torch.bfloat16 in seen) == wanted
+        assert seen[-1] == torch.float32
+        assert record["validation"][-1][1] < record["validation"][0][1]
+
+
 @pytest.mark.parametrize(("best", "trials"), [(1.5e-4, 3), (5e-5, 4), (4.5e-3, 6)])
 def test_rates_are_tried_until_the_best_is_inside(best, trials, study, monkeypatch):
     study.small, tried = False, []
@@ -115,30 +135,33 @@ def test_rates_are_tried_until_the_best_is_inside(best, trials, study, monkeypat
     assert len(tried) == trials
 
 
-def test_what_was_measured_on_test_had_its_rate_chosen_inside():
-    for record in RECORDS:
+@pytest.mark.parametrize("module", STUDIES, ids=lambda module: module.__name__)
+def test_what_was_measured_on_test_had_its_rate_chosen_inside(module):
+    name = module.__name__.split(".")[-1]
+    records = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())["records"]
+    trials: dict[tuple, dict] = {}
+    for record in records:
+        if record["seed"] == TUNING:
+            cell = trials.setdefault((record["scheme"], record["method"]), {})
+            cell[record["lr"]] = record["validation_loss"]
+    for record in records:
         if "loss" in record and record["lr"]:
-            trials = {
-                r["lr"]: r["validation_loss"]
-                for r in RECORDS
-                if r["name"].split(", draw")[0] == record["name"].split(", draw")[0]
-                and r["seed"] == TUNING
-            }
-            best = min(trials, key=trials.get)
+            tried = trials[record["scheme"], record["method"]]
+            best = min(tried, key=tried.get)
             assert record["lr"] == best, record["name"]
-            assert len(trials) >= 3
-            assert min(trials) < best < max(trials), record["name"]
-            assert record["steps"] in (smollm2.BUDGET.steps, smollm2.LONG)
+            assert len(tried) >= 3
+            assert min(tried) < best < max(tried), record["name"]
+            assert record["steps"] in LENGTHS[module] | {module.BUDGET.steps}
             assert sum(record["total"]) / sum(record["weight"]) == pytest.approx(
                 record["loss"], 1e-4
             )
             assert len(record["total"]) >= 200
 
 
-@pytest.mark.parametrize("module", [docs_lm, smollm2])
+@pytest.mark.parametrize("module", STUDIES, ids=lambda module: module.__name__)
 def test_what_is_announced_is_what_runs(module):
     """Every arm of a family is a job; every family stands in the file of hypotheses."""
-    text = (RESULTS.parents[1] / "hypotheses.md").read_text()
+    text = (BENCHMARKS / "hypotheses.md").read_text()
     jobs = [job for job in module.jobs() if isinstance(job, Job) and job.draws]
     known = {tuple(job.name.split(", ", 1)) for job in jobs}
     known |= {(scheme_name(job[1]), "gptq") for job in module.jobs() if isinstance(job, tuple)}
