@@ -15,8 +15,10 @@ from companion.data.task import Task
 from companion.errors import UnsupportedModel
 from companion.numerics.scheme import QuantScheme
 from companion.ptq.gptq import gptq
+from companion.qat.calibration import BATCHES
 from companion.qat.lora import lora
 from companion.qat.prepare import convert, prepare_qat
+from companion.training.batches import batches
 
 Prepare = Callable[..., nn.Module]  # (model, scheme, task, skip)
 
@@ -66,6 +68,14 @@ def _with(method: str) -> Prepare:
     )
 
 
+def _calibrated(
+    model: nn.Module, scheme: QuantScheme, task: Task, skip: Sequence[str], embeddings: bool = False
+) -> nn.Module:
+    """Learned steps whose search for a start knows what the weights meet in training."""
+    seen = batches(task.train, BATCHES)
+    return prepare_qat(model, scheme, skip=skip, embeddings=embeddings, calibration=seen)
+
+
 def _matrices_only(prepare: Prepare) -> Prepare:
     """Refuse embeddings on behalf of a method that has no rule for them."""
 
@@ -95,7 +105,7 @@ ARMS: dict[str, Arm] = {
         Arm("absmax", _with("absmax")),
         Arm("absmax-torchao-gradient", _with("absmax-torchao-gradient")),
         Arm("mse", _with("mse")),
-        Arm("lsq", _with("lsq")),
+        Arm("lsq", _calibrated),
         Arm("delayed", _with("absmax"), float_share=0.75),
         Arm("distilled", _with("absmax"), float_share=0.75, distil=True),
         Arm(
@@ -104,7 +114,7 @@ ARMS: dict[str, Arm] = {
             lambda model: convert(model.merge_and_unload()),
             float_share=0.75,
         ),
-        Arm("default", _with("lsq"), float_share=0.75, distil=True),
+        Arm("default", _calibrated, float_share=0.75, distil=True),
     )
 }
 """The methods that `compare` knows by name."""
