@@ -163,9 +163,9 @@ class QATCallback(TrainerCallback, ExportableState):
         known = known[0] if isinstance(known, list) else known
         differ = differences(known.get("args", {}), self.state()["args"])
         if not known or differ:
+            what = ", ".join(differ) if known else "it had no QATCallback"
             raise CheckpointError(
-                f"the checkpoint is of another run ({, '.join(differ) if known else 'without QATCallback'}): "
-                "use its values, or train from the start"
+                f"the checkpoint is of another run ({what}): use its values, or train from the start"
             )
 
 
