@@ -133,7 +133,8 @@ class QATCallback(TrainerCallback, ExportableState):
             self.begin(model)
         else:
             for layer in _layers(model):
-                layer.quantizer.restart(layer.matrix.detach())
+                if layer.weight.requires_grad:  # what is frozen keeps the ranges it was given
+                    layer.quantizer.restart(layer.matrix.detach())
         for quantizer in _quantizers(model):
             quantizer.enabled = True
 

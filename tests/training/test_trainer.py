@@ -13,6 +13,7 @@ from torch import nn
 
 from companion import W2, W4A8, convert, fit, load_quantized, prepare_qat, save_quantized
 from companion.errors import CheckpointError, UnsupportedModel, WrongStage
+from companion.qat.lora import lora_qat
 from companion.qat.prepare import pause_rounding, start_rounding
 from companion.training.losses import distillation_loss
 from companion.training.teacher import store_teacher, stored_distillation_loss
@@ -105,6 +106,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_so_does_its_conversion(ki
     assert torch.equal(logits(converted), logits(whole.model))
     folder = save_quantized(converted, tmp_path / "saved")
     assert torch.equal(logits(load_quantized(folder)), logits(whole.model))
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_adapters_inside_the_rounding_resume_and_merge_exactly(kind, tmp_path):
+    options = {"callback": QATCallback(start=0.5), "gradient_checkpointing": True}
+    calibration = [{"input_ids": IDS}]
+
+    def adapters(adapter=4):
+        torch.manual_seed(1)
+        return lora_qat(llama(), W2, adapter, calibration=calibration)
+
+    whole = trainer(kind, tmp_path / "a", adapters(), **options)
+    whole.train()
+    for step in (2, 4):
+        resumed = trainer(kind, tmp_path / "b", adapters(), **options)
+        resumed.train(str(tmp_path / "a" / f"checkpoint-{step}"))
+        assert_same(resumed.model, whole.model)
+    whole.save_model(str(tmp_path / "end"))
+    trained = logits(whole.model)
+    assert torch.equal(logits(adapters(tmp_path / "end")), trained)
+    converted = convert(whole.model.merge_and_unload())
+    assert torch.equal(logits(converted), trained)
+    assert losses(whole)[-1] != losses(whole)[0]
 
 
 @pytest.mark.parametrize("kind", PLAIN)
