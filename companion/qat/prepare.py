@@ -418,7 +418,7 @@ def _prepared_layer(model: nn.Module, name: str) -> nn.Module:
         raise WrongStage(
             f"the weight of {name} changed while it was frozen, as it does when an adapter is "
             "merged that trained outside the rounding: rounding the sum moves what was learned. "
-            "Train adapters inside, with companion.qat.lora.lora(); if the change is meant, "
+            "Train adapters inside, with companion.qat.lora.lora_qat(); if the change is meant, "
             "requires_grad_(True) first"
         )
     return layer
@@ -435,7 +435,7 @@ def _refuse_adapters_outside(model: nn.Module) -> None:
         raise WrongStage(
             f"the adapter of {outside[0]} adds to what a rounded layer computes, and merging it "
             "would round the sum anew, which moves what was learned: train adapters inside the "
-            "rounding, with companion.qat.lora.lora(model, scheme); to accept the move, call "
+            "rounding, with companion.qat.lora.lora_qat(model, scheme); to accept the move, call "
             "merge_and_unload() and requires_grad_(True), and convert that"
         )
     if adapters:

@@ -102,7 +102,8 @@ class QATCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """What Trainer writes into a checkpoint's ``trainer_state.json``."""
-        return {"args": {"start": self.start, "freeze": self.freeze}, "attributes": {}}
+        given = {"args": {"start": self.start, "freeze": self.freeze}}
+        return given | {"attributes": {"begins_by_function": self.begin is not None}}
 
     def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs) -> None:
         self._check(model, args, optimizer)
@@ -162,7 +163,8 @@ class QATCallback(TrainerCallback, ExportableState):
     def _check_checkpoint(self, state: Any) -> None:
         known = state.stateful_callbacks.get(type(self).__name__, {})
         known = known[0] if isinstance(known, list) else known
-        differ = differences(known.get("args", {}), self.state()["args"])
+        differ = [d for part, here in self.state().items()
+                  for d in differences(known.get(part, {}), here)]  # fmt: skip
         if not known or differ:
             what = ", ".join(differ) if known else "it had no QATCallback"
             raise CheckpointError(

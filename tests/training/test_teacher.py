@@ -232,6 +232,15 @@ def test_other_answers_are_refused(tmp_path):
         store(tmp_path, temperature=2.0)
     with pytest.raises(CheckpointError, match=r"teacher\.weights: \w+ there, \w+ here"):
         store(tmp_path, teacher=llama(2))
+    store(tmp_path / "other", k=4)
+    shutil.copy(tmp_path / "other" / "00000.safetensors", tmp_path / "00007.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"00007\.safetensors holds other answers than the rest"
+    ):
+        stored_distillation_loss(tmp_path)
+    shutil.copy(tmp_path / "00000.safetensors", tmp_path / "00007.safetensors")
+    store(tmp_path, [padded(rows(0, 1), 1, 0) | {"labels": F.pad(IDS[:2], (1, 0))}])
+    assert (tmp_path / "00008.safetensors").exists()  # no file is written over
     shutil.copy(__file__, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"x\.safetensors holds no teacher's answers"):
         stored_distillation_loss(tmp_path)

@@ -326,6 +326,8 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
     last = str(tmp_path / "half" / "checkpoint-2")
     with pytest.raises(CheckpointError, match=r"start: 0\.5 there, 0\.25 here"):
         trainer(hf.Trainer, tmp_path / "x", callback=QATCallback(0.25)).train(last)
+    with pytest.raises(CheckpointError, match="begins_by_function: False there, True here"):
+        trainer(hf.Trainer, tmp_path / "x", callback=QATCallback(0.5, begin=print)).train(last)
     trainer(hf.Trainer, tmp_path / "bare", max_steps=2, callback=hf.TrainerCallback()).train()
     with pytest.raises(CheckpointError, match="had no QATCallback"):
         trainer(hf.Trainer, tmp_path / "x").train(str(tmp_path / "bare" / "checkpoint-2"))
