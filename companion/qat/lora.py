@@ -1,11 +1,11 @@
-"""Low-rank adapters and rounding: inside it, where merging is exact, or beside it, as it is shipped.
+"""Low-rank adapters and rounding: inside it, where merging is exact, or outside, as it is shipped.
 
-Built in chapter 11 (inside) and in the chapter on chat models (beside, saved, configured).
+Built in chapter 11 (inside) and in the chapter on chat models (outside, saved, configured).
 
 References
 ----------
 Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022. Dettmers et al., "QLoRA:
-efficient finetuning of quantized LLMs", NeurIPS 2023 (adapters beside a rounded base).
+efficient finetuning of quantized LLMs", NeurIPS 2023 (adapters on a rounded base).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from companion.files import write_atomically
 from companion.numerics.scheme import QuantScheme
 from companion.qat.layers import FakeQuantConv1D, FakeQuantLinear
 from companion.qat.packed import refuse_save_pretrained
-from companion.qat.prepare import empty_packed, prepare_qat, replace_modules
+from companion.qat.prepare import empty_packed, own_forward, prepare_qat, replace_modules
 from companion.qat.ranges import Absmax, fingerprint_of
 
 RECORD = "companion.json"
@@ -60,10 +60,11 @@ def lora_qat(
     PEFT adds its update to the *parameter*, before it is rounded; so what trains is
     ``fake_quantize(W + B A)``, and merging changes not one bit. An adapter around a rounded
     layer, ``fake_quantize(W) x + B A x``, cannot be merged so: the sum lies on no grid, and
-    `convert` refuses it (`lora_beside` trains such ones).
+    `convert` refuses it (`lora_outside` trains such ones).
 
     It trains in `fit`, in Trainer and in SFTTrainer, and is saved as PEFT saves it, by
-    ``save_pretrained(folder)``, with a note of the rounding.
+    ``save_pretrained(folder)``, with a note of the rounding. (Under autocast ``B A`` is multiplied in
+    half precision; what is merged is what the model computes without it.)
 
     Parameters
     ----------
@@ -131,7 +132,20 @@ def lora(
     *,
     rank: int = 8,
 ) -> nn.Module:
-    """Call `lora_qat` with the signature of `Arm.prepare`: ``lora(model, scheme, task, skip)``.
+    """Call `lora_qat` with the signature of `Arm.prepare`.
+
+    Parameters
+    ----------
+    model, scheme, skip
+        As in `lora_qat`.
+    task : Task, optional
+        Not used.
+    rank : int
+        Of the adapters of every rounded layer.
+
+    Returns
+    -------
+    peft.PeftModel
 
     Examples
     --------
@@ -142,7 +156,7 @@ def lora(
     return lora_qat(model, scheme, rank, skip=skip)
 
 
-def lora_beside(
+def lora_outside(
     model: nn.Module,
     scheme: QuantScheme,
     adapter: Any = 8,
@@ -179,14 +193,14 @@ def lora_beside(
     --------
     >>> import torch
     >>> from companion import W4
-    >>> adapted = lora_beside(nn.Sequential(nn.Linear(64, 8)), W4, 2).eval()
+    >>> adapted = lora_outside(nn.Sequential(nn.Linear(64, 8)), W4, 2).eval()
     >>> x = torch.ones(1, 64)
     >>> torch.equal(convert_base(adapted)(x), adapted(x))
     True
     """
     config = _config(adapter)
-    beside = {"lora_dropout", "rank_pattern", "alpha_pattern"}
-    _check(config, "beside the rounding", _KEPT | beside)
+    outside = {"lora_dropout", "rank_pattern", "alpha_pattern"}
+    _check(config, "outside the rounding", _KEPT | outside)
     prepared = _frozen(model, scheme, skip, calibration)
     targets = _targets(config, prepared)
     if any(isinstance(prepared.get_submodule(name), FakeQuantConv1D) for name in targets):
@@ -200,7 +214,7 @@ def lora_beside(
 
 
 def convert_base(model: nn.Module) -> nn.Module:
-    """Return a copy of what `lora_beside` made: packed integers below, adapters in float beside them.
+    """Return a copy of what `lora_outside` made: packed integers below, adapters in float beside them.
 
     Parameters
     ----------
@@ -215,17 +229,28 @@ def convert_base(model: nn.Module) -> nn.Module:
     Raises
     ------
     WrongStage
-        If there is no prepared layer under the adapters.
+        If there is no prepared layer under the adapters, or they are inside its rounding; or if the
+        rounding is paused.
+
+    Examples
+    --------
+    >>> from companion import W4
+    >>> convert_base(lora_outside(nn.Sequential(nn.Linear(64, 8)), W4)).training
+    False
     """
-    converted = copy.deepcopy(model)
+    inside = any(type(module).__name__ == "ParamWrapper" for module in model.modules())
+    converted = own_forward(copy.deepcopy(model))
     layers = [m for m in converted.modules() if isinstance(m, FakeQuantLinear)]
-    if not layers or not hasattr(converted, "get_base_model"):
+    if inside or not layers or not hasattr(converted, "get_base_model"):
         raise WrongStage(
-            "convert_base() needs a model from lora_beside(); for others use convert()"
+            "convert_base() needs a model from lora_outside(): for others use convert(), for adapters "
+            "inside the rounding after merge_and_unload()"
         )
+    if not all(layer.quantizer.enabled for layer in layers):
+        raise WrongStage("the rounding of this model is paused: call start_rounding(model) first")
     new = {layer: empty_packed(layer, layer.quantizer.scheme).store(layer) for layer in layers}
     replace_modules(converted, new)
-    refuse_save_pretrained(converted.get_base_model())
+    refuse_save_pretrained(own_forward(converted.get_base_model()))
     return converted.eval().requires_grad_(False)
 
 

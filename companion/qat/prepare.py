@@ -321,6 +321,8 @@ def pause_rounding(model: nn.Module) -> None:
 def start_rounding(model: nn.Module, calibration: Iterable | None = None) -> None:
     """Round from now on, in ranges found anew for the weights of this moment.
 
+    Frozen weights, such as those under adapters, keep the ranges that they were prepared with.
+
     With `fit`: ``at={75: partial(start_rounding, qat)}``; with a trainer of Hugging Face:
     ``QATCallback(start=0.75)``.
 
@@ -334,16 +336,34 @@ def start_rounding(model: nn.Module, calibration: Iterable | None = None) -> Non
     Raises
     ------
     WrongStage
-        If no layer of the model rounds.
+        If no layer of the model rounds, or calibration is given to one with adapters.
+    SchemeError
+        If calibration is given to a method that searches no range.
+
+    Examples
+    --------
+    >>> from companion import W2, prepare_qat
+    >>> qat = prepare_qat(nn.Sequential(nn.Linear(64, 8)), W2)
+    >>> pause_rounding(qat)
+    >>> start_rounding(qat)
+    >>> qat[0].quantizer.enabled
+    True
     """
     layers = _rounded(model)
     squares: dict[nn.Parameter, Tensor] = {}
     if calibration is not None:
+        if not all(layer.quantizer.searches for layer in layers):
+            raise SchemeError("these ranges are not searched: leave calibration out")
+        if any(is_adapter(module) for module in model.modules()):
+            raise WrongStage(
+                "under adapters the ranges stay as they were prepared: give calibration to lora_qat"
+            )
         pause_rounding(model)
         names = [name for name, module in model.named_modules() if module in layers]
         squares = input_squares(model, names, calibration)
     for layer in layers:
-        layer.quantizer.restart(layer.matrix.detach(), squares.get(layer.weight))
+        if calibration is not None or layer.weight.requires_grad:
+            layer.quantizer.restart(layer.matrix.detach(), squares.get(layer.weight))
         layer.quantizer.enabled = True
 
 
@@ -351,6 +371,13 @@ def own_forward(model: nn.Module) -> nn.Module:
     """Take off what a trainer put around a model's forward, and return the model.
 
     TRL's keeps the model that it was made for: on a copy it would run that one, not the copy.
+
+    Examples
+    --------
+    >>> model = nn.Linear(1, 1)
+    >>> model.forward = model.forward  # a method of its own, as a trainer leaves it
+    >>> "forward" in vars(own_forward(model))
+    False
     """
     hooked = "_hf_hook" in vars(
         model

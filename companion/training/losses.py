@@ -187,7 +187,13 @@ class Distillation:
 
 
 def answer(model: nn.Module, batch: Any, labelled: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of one forward pass, classes last, and if asked the cross-entropy."""
+    """Return the logits of one forward pass, classes last, and if asked the cross-entropy.
+
+    Examples
+    --------
+    >>> answer(nn.Identity(), (torch.zeros(1, 2), torch.tensor([0])))
+    (tensor([[0., 0.]]), None)
+    """
     if isinstance(batch, Mapping):
         output = _ask(model, batch)
         logits = getattr(output, "logits", None)
@@ -255,7 +261,14 @@ def _labels(batch: Any) -> Tensor | None:
 
 
 def counted_of(model: nn.Module, batch: Any, logits: Tensor) -> Tensor:
-    """Mark the predictions that count; their classes are the last dimension of the logits."""
+    """Mark the predictions that count; their classes are the last dimension of the logits.
+
+    Examples
+    --------
+    >>> batch = {"labels": torch.tensor([[-100, -100, 7]])}  # the second token predicts the third
+    >>> counted_of(nn.Identity(), batch, torch.zeros(1, 3, 9))
+    tensor([[False,  True, False]])
+    """
     everything = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     labels = _labels(batch)
     if labels is not None and labels.is_floating_point():

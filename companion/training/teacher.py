@@ -139,7 +139,8 @@ def stored_distillation_loss(
 
     Where k is all tokens it is the same loss but for rounding. Below, the divergence is that between
     k + 1 outcomes: the teacher's k most probable tokens, and all others together. It is a lower bound
-    of the whole one, and says nothing of how the others share what is left. (Were the rest left out
+    of the whole one, and says nothing of how the others share what is left; the reverse one, which
+    weighs by the student's probabilities, loses more. (Were the rest left out
     and the k scaled up to a sum of one, the student would be taught to be surer than its teacher.)
 
     Parameters
@@ -201,6 +202,12 @@ class Answers:
     ------
     CheckpointError
         If there is none, or one cannot be read.
+
+    Examples
+    --------
+    >>> Answers("nowhere")
+    Traceback (most recent call last):
+    companion.errors.CheckpointError: nowhere holds no teacher's answers: call store_teacher first
     """
 
     folder: InitVar[str | Path]

@@ -114,7 +114,7 @@ class QATCallback(TrainerCallback, ExportableState):
         rounds = state.global_step > first or first == 0
         for quantizer in _quantizers(model):
             quantizer.enabled = rounds
-        if hasattr(model, "config") and not hasattr(model, "get_base_model"):
+        if hasattr(model, "save_pretrained") and _base(model) is model:  # no adapter's
             model.save_pretrained = MethodType(_save_prepared, model)
 
     def on_step_begin(self, args, state, control, *, model, **kwargs) -> None:
@@ -224,7 +224,7 @@ class QATMixin:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if hasattr(m, "quantizer") and hasattr(m, "matrix")]
+    return [m for m in model.modules() if hasattr(type(m), "matrix") and hasattr(m, "quantizer")]
 
 
 def _quantizers(model: nn.Module) -> list[nn.Module]:

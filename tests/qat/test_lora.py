@@ -10,8 +10,9 @@ from torch import nn
 
 from companion import W2, W4, W4A8, convert, prepare_qat
 from companion.errors import SourceUnavailable, UnknownLayer, UnsupportedModel, WrongStage
-from companion.qat.lora import convert_base, lora, lora_beside, lora_qat
+from companion.qat.lora import convert_base, lora, lora_outside, lora_qat
 from companion.qat.packed import Packed
+from companion.qat.prepare import pause_rounding
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 HEADS = ["q_proj", "v_proj"]
@@ -192,7 +193,7 @@ def test_a_configuration_is_left_as_it_was():
     config = peft.LoraConfig(r=4, target_modules=HEADS)
     before = config.to_dict()
     lora_qat(llama(), W4, config)
-    lora_beside(llama(), W4, config)
+    lora_outside(llama(), W4, config)
     assert config.to_dict() == before
 
 
@@ -215,11 +216,11 @@ def test_settings_that_move_the_result_are_refused(name):
     with pytest.raises(UnsupportedModel, match=rf"inside the rounding cannot have .*{name}="):
         lora_qat(llama(), W4, config)
     if name not in ("lora_dropout", "rank_pattern"):
-        with pytest.raises(UnsupportedModel, match=rf"beside the rounding cannot have .*{name}="):
-            lora_beside(llama(), W4, config)
+        with pytest.raises(UnsupportedModel, match=rf"outside the rounding cannot have .*{name}="):
+            lora_outside(llama(), W4, config)
 
 
-@pytest.mark.parametrize("build", [lora_qat, lora_beside])
+@pytest.mark.parametrize("build", [lora_qat, lora_outside])
 def test_targets_that_are_not_rounded_are_refused(build):
     with pytest.raises(UnknownLayer, match=r"'nothing' matches no layer"):
         build(llama(), W4, peft.LoraConfig(target_modules=["q_proj", "nothing"]))
@@ -258,12 +259,12 @@ def test_an_adapter_goes_onto_no_other_rounding(tmp_path):
         lora_qat(llama(), W4, str(tmp_path / "nowhere"))
 
 
-def test_adapters_beside_the_rounding_stay_beside_packed_integers(tmp_path):
+def test_adapters_outside_the_rounding_stay_beside_packed_integers(tmp_path):
     config = peft.LoraConfig(
         r=4, target_modules=HEADS, lora_dropout=0.5, rank_pattern={"v_proj": 2}
     )
     start = logits(prepare_qat(llama(), W2, "mse"))
-    model = lora_beside(llama(), W2, config)
+    model = lora_outside(llama(), W2, config)
     assert torch.equal(logits(model), start)  # begins as the rounded model
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
     train(model.train())
@@ -284,9 +285,17 @@ def test_adapters_beside_the_rounding_stay_beside_packed_integers(tmp_path):
     assert not torch.allclose(logits(convert(merged)), trained, atol=1e-2)  # off the grid
 
 
-def test_what_cannot_stand_beside_is_refused():
+def test_what_cannot_stand_outside_is_refused():
     with pytest.raises(UnsupportedModel, match="Conv1D"):
-        lora_beside(gpt2(), W4)
-    for model in (llama(), prepare_qat(llama(), W4), adapted(llama(), "lora")):
-        with pytest.raises(WrongStage, match="lora_beside"):
+        lora_outside(gpt2(), W4)
+    for model in (
+        llama(),
+        prepare_qat(llama(), W4),
+        adapted(llama(), "lora"),
+        lora_qat(llama(), W4),
+    ):
+        with pytest.raises(WrongStage, match="lora_outside"):
             convert_base(model)
+    pause_rounding(model := lora_outside(llama(), W4))
+    with pytest.raises(WrongStage, match="is paused"):
+        convert_base(model)

@@ -12,7 +12,7 @@ from companion import W2, W4, compare, convert, fit, prepare_qat
 from companion.data.task import Task
 from companion.qat.layers import FakeQuantLinear
 from companion.qat.packed import Packed
-from companion.study.recipes import ARMS, LORA_BESIDE, Arm, lora
+from companion.study.recipes import ARMS, LORA_OUTSIDE, Arm, lora
 
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
@@ -45,10 +45,10 @@ def test_every_arm_ends_in_packed_integers(name, task):
     assert not any(isinstance(module, FakeQuantLinear) for module in model.modules())
 
 
-def test_adapters_beside_are_an_arm_of_a_comparison(task):
-    table = compare(language_model(), task, [W4], [LORA_BESIDE], steps=8, seeds=1, rates=[1e-2],
+def test_adapters_outside_are_an_arm_of_a_comparison(task):
+    table = compare(language_model(), task, [W4], [LORA_OUTSIDE], steps=8, seeds=1, rates=[1e-2],
                     progress=False)  # fmt: skip
-    row = table.loc[("W4 g32", "lora-beside")]
+    row = table.loc[("W4 g32", "lora-outside")]
     assert row["bytes"] > table.loc[("W4 g32", "nearest"), "bytes"]
     assert row["value"] > 0
 

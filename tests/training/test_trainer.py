@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from companion import W2, W4A8, convert, fit, load_quantized, prepare_qat, save_quantized
-from companion.errors import CheckpointError, UnsupportedModel, WrongStage
-from companion.qat.lora import lora_qat
+from companion.errors import CheckpointError, SchemeError, UnsupportedModel, WrongStage
+from companion.qat.lora import convert_base, lora_outside, lora_qat
 from companion.qat.prepare import pause_rounding, start_rounding
 from companion.training.losses import distillation_loss
 from companion.training.teacher import store_teacher, stored_distillation_loss
@@ -132,12 +132,15 @@ def test_adapters_inside_the_rounding_resume_and_merge_exactly(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_a_conversion_computes_with_its_own_weights(kind, tmp_path):
+@pytest.mark.parametrize("way", [convert, convert_base])
+def test_a_conversion_computes_with_its_own_weights(kind, way, tmp_path):
     """TRL's forward keeps the model that it was made for; a copy has to have its own."""
-    run = trainer(kind, tmp_path, max_steps=1, callback=QATCallback())
+    outside = way is convert_base
+    model = lora_outside(llama(), W2) if outside else prepare_qat(llama(), W2)
+    run = trainer(kind, tmp_path, model, QATCallback(), max_steps=1)
     run.train()
     before = logits(run.model)
-    converted = convert(run.model)
+    converted = way(run.model)
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.zero_()
@@ -255,9 +258,11 @@ def test_checkpointing_changes_nothing(kind, tmp_path):
     assert_same(runs[0].model, runs[1].model)
 
 
-@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("kind", [*PLAIN, *MIXED])
 def test_mixed_precision(kind, tmp_path):
-    run = trainer(kind, tmp_path, bf16=True, loss_fn=distillation_loss(llama()))
+    """With checkpointing, as SFTTrainer does it unless told otherwise."""
+    loss_fn = distillation_loss(llama()) if kind in MIXED else None
+    run = trainer(kind, tmp_path, loss_fn=loss_fn, bf16=True, gradient_checkpointing=True)
     run.train()
     assert losses(run)[-1] < 2 * losses(run)[3]
     assert logits(run.model).dtype == torch.float32
@@ -343,3 +348,17 @@ def test_a_paused_model_rounds_neither_weights_nor_inputs_and_is_not_converted()
     assert torch.equal(logits(model), logits(prepare_qat(llama(), W4A8, embeddings=True)))
     with pytest.raises(WrongStage, match="no layer of this model rounds"):
         pause_rounding(llama())
+
+
+def test_frozen_weights_keep_their_ranges_and_calibration_is_not_ignored():
+    batches = [{"input_ids": IDS}]
+    model = lora_qat(llama(), W2, 4, calibration=batches)
+    before = logits(model)
+    assert not torch.equal(before, logits(lora_qat(llama(), W2, 4)))
+    pause_rounding(model)
+    start_rounding(model)
+    assert torch.equal(logits(model), before)
+    with pytest.raises(WrongStage, match="give calibration to lora_qat"):
+        start_rounding(model, batches)
+    with pytest.raises(SchemeError, match="leave calibration out"):
+        start_rounding(prepare_qat(llama(), W2, "absmax"), batches)
