@@ -362,3 +362,30 @@ def test_frozen_weights_keep_their_ranges_and_calibration_is_not_ignored():
         start_rounding(model, batches)
     with pytest.raises(SchemeError, match="leave calibration out"):
         start_rounding(prepare_qat(llama(), W2, "absmax"), batches)
+
+
+def test_fit_starts_late_and_resumes_exactly(tmp_path):
+    batch = {"input_ids": IDS, "labels": LABELS}
+    broken = []
+
+    def validate(model):
+        if broken and broken.pop() == "now":
+            raise InterruptedError
+        return 0.0
+
+    def late(folder, **options):
+        model = prepare_qat(llama(), W2)
+        pause_rounding(model)
+        return model, fit(
+            model, [batch], steps=6, lr=1e-2, at={3: partial(start_rounding, model)}, progress=False,
+            validate=validate, validate_every=2, checkpoint_dir=folder, **options,
+        )  # fmt: skip
+
+    whole, history = late(tmp_path / "whole")
+    broken[:] = ["now", "", ""]  # in the third validation, after four steps
+    with pytest.raises(InterruptedError):
+        late(tmp_path / "cut")
+    resumed, again = late(tmp_path / "cut", resume=True)
+    assert again.loss == history.loss
+    assert_same(resumed, whole)
+    assert history.loss[:3] == fit(llama(), [batch], steps=6, lr=1e-2, progress=False).loss[:3]
