@@ -25,7 +25,7 @@ class FakeQuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         scheme = self.quantizer.scheme
-        if scheme.activations is not None:
+        if scheme.activations is not None and self.quantizer.enabled:
             x = fake_quantize_inputs(x, scheme.activations, scheme.group_size)
         return self.quantizer.linear(x, self.matrix, self.bias)
 

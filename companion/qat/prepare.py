@@ -162,7 +162,7 @@ def prepare_qat(
     check_divisible(targets, chosen, scheme)
     squares = {} if calibration is None else input_squares(model, chosen, calibration)
     importance = {name: squares.get(model.get_submodule(name).weight) for name in chosen}
-    prepared = model if inplace else copy.deepcopy(model)
+    prepared = model if inplace else own_forward(copy.deepcopy(model))
     quantizers: dict[nn.Parameter, Absmax] = {}
     for name in chosen:  # nothing is changed before all of them are made
         module = prepared.get_submodule(name)
@@ -255,11 +255,17 @@ def convert(
         raise SchemeError(f"the model was prepared with {record.scheme}, not with {scheme}")
     for name in record.layers:  # nothing is changed before all of them are known to be right
         layer = _prepared_layer(model, name)
+        if not layer.quantizer.enabled:
+            raise WrongStage(
+                "the rounding of this model is paused, so nothing was trained under it: call "
+                "companion.qat.prepare.start_rounding(model) and train on, or convert it as it is "
+                "then"
+            )
         _check_finite(name, layer.quantizer, layer.matrix)
     weights = {}  # of the model that stays: read from now on, so its copy needs no other ones
     if not inplace:
         weights = {id(p): p for p in (model.get_submodule(n).weight for n in record.layers)}
-    converted = model if inplace else copy.deepcopy(model, {**weights})
+    converted = own_forward(model if inplace else copy.deepcopy(model, {**weights}))
     new: dict[nn.Module, nn.Module] = {}
     done: dict[int, Packed] = {}
     for name in record.layers:
@@ -278,6 +284,117 @@ def convert(
     converted.quantization = record
     refuse_save_pretrained(converted)
     return converted.eval().requires_grad_(False)
+
+
+def pause_rounding(model: nn.Module) -> None:
+    """Let a prepared model compute in floating point until `start_rounding`.
+
+    Its parameters are those that train under rounding, the learned steps among them: an optimizer
+    that holds them needs no change in the middle of a run.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From `prepare_qat`, with adapters or without.
+
+    Raises
+    ------
+    WrongStage
+        If no layer of the model rounds.
+
+    Examples
+    --------
+    >>> from companion import W2, prepare_qat
+    >>> model = nn.Sequential(nn.Linear(64, 8))
+    >>> qat, x = prepare_qat(model, W2), torch.ones(1, 64)
+    >>> pause_rounding(qat)
+    >>> torch.equal(qat(x), model(x))
+    True
+    >>> start_rounding(qat)
+    >>> torch.equal(qat(x), model(x))
+    False
+    """
+    for layer in _rounded(model):
+        layer.quantizer.enabled = False
+
+
+def start_rounding(model: nn.Module, calibration: Iterable | None = None) -> None:
+    """Round from now on, in ranges found anew for the weights of this moment.
+
+    Frozen weights, such as those under adapters, keep the ranges that they were prepared with.
+
+    With `fit`: ``at={75: partial(start_rounding, qat)}``; with a trainer of Hugging Face:
+    ``QATCallback(start=0.75)``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From `prepare_qat`, usually paused by `pause_rounding`.
+    calibration : iterable of batches, optional
+        As in `prepare_qat`. The model runs on them unrounded.
+
+    Raises
+    ------
+    WrongStage
+        If no layer of the model rounds, or calibration is given to one with adapters.
+    SchemeError
+        If calibration is given to a method that searches no range.
+
+    Examples
+    --------
+    >>> from companion import W2, prepare_qat
+    >>> qat = prepare_qat(nn.Sequential(nn.Linear(64, 8)), W2)
+    >>> pause_rounding(qat)
+    >>> start_rounding(qat)
+    >>> qat[0].quantizer.enabled
+    True
+    """
+    layers = _rounded(model)
+    squares: dict[nn.Parameter, Tensor] = {}
+    if calibration is not None:
+        if not all(layer.quantizer.searches for layer in layers):
+            raise SchemeError("these ranges are not searched: leave calibration out")
+        if any(is_adapter(module) for module in model.modules()):
+            raise WrongStage(
+                "under adapters the ranges stay as they were prepared: give calibration to lora_qat"
+            )
+        pause_rounding(model)
+        names = [name for name, module in model.named_modules() if module in layers]
+        squares = input_squares(model, names, calibration)
+    for layer in layers:
+        if calibration is not None or layer.weight.requires_grad:
+            layer.quantizer.restart(layer.matrix.detach(), squares.get(layer.weight))
+        layer.quantizer.enabled = True
+
+
+def own_forward(model: nn.Module) -> nn.Module:
+    """Take off what a trainer put around a model's forward, and return the model.
+
+    TRL's keeps the model that it was made for: on a copy it would run that one, not the copy.
+
+    Examples
+    --------
+    >>> model = nn.Linear(1, 1)
+    >>> model.forward = model.forward  # a method of its own, as a trainer leaves it
+    >>> "forward" in vars(own_forward(model))
+    False
+    """
+    hooked = "_hf_hook" in vars(
+        model
+    )  # Accelerate's, without which an offloaded model has no weights
+    forward = None if hooked else vars(model).get("forward")
+    plain = inspect.unwrap(getattr(forward, "__func__", forward)) if forward else None
+    if plain is not None and plain is inspect.unwrap(type(model).forward):
+        del model.forward
+        vars(model).pop("_original_forward", None)  # Accelerate's, for mixed precision
+    return model
+
+
+def _rounded(model: nn.Module) -> list[nn.Module]:
+    layers = [m for m in model.modules() if isinstance(m, tuple(_FAKE.values()))]
+    if not layers:
+        raise WrongStage("no layer of this model rounds: call prepare_qat(model, scheme) first")
+    return layers
 
 
 def empty_packed(layer: nn.Module, scheme: QuantScheme) -> Packed:
@@ -328,7 +445,7 @@ def _prepared_layer(model: nn.Module, name: str) -> nn.Module:
         raise WrongStage(
             f"the weight of {name} changed while it was frozen, as it does when an adapter is "
             "merged that trained outside the rounding: rounding the sum moves what was learned. "
-            "Train adapters inside, with companion.qat.lora.lora(); if the change is meant, "
+            "Train adapters inside, with companion.qat.lora.lora_qat(); if the change is meant, "
             "requires_grad_(True) first"
         )
     return layer
@@ -345,7 +462,7 @@ def _refuse_adapters_outside(model: nn.Module) -> None:
         raise WrongStage(
             f"the adapter of {outside[0]} adds to what a rounded layer computes, and merging it "
             "would round the sum anew, which moves what was learned: train adapters inside the "
-            "rounding, with companion.qat.lora.lora(model, scheme); to accept the move, call "
+            "rounding, with companion.qat.lora.lora_qat(model, scheme); to accept the move, call "
             "merge_and_unload() and requires_grad_(True), and convert that"
         )
     if adapters:

@@ -51,9 +51,20 @@ class Absmax(nn.Module):
         self.scheme = scheme
         self.enabled = True
         self.fingerprint: int | None = None  # of weights that nothing has trained so far
-        self._importance = importance
+        self._importance: Tensor | None = None
         if weight is not None:
-            self.start(weight)
+            self.restart(weight, importance)
+
+    def restart(self, weight: Tensor, importance: Tensor | None = None) -> None:
+        """Choose the ranges anew for the weights of this moment; a learned one stays a parameter.
+
+        Parameters
+        ----------
+        weight : Tensor, shape (rows, columns)
+        importance : Tensor, shape (columns,), optional
+        """
+        self._importance = importance
+        self.start(weight)
         self._importance = None
 
     def start(self, weight: Tensor) -> None:
@@ -240,7 +251,10 @@ class LearnedStepSize(Absmax):
         self.fingerprint = None
         self.register_buffer("first", first)
         self.register_buffer("follows", follows.squeeze(-1))
-        self.step = nn.Parameter(torch.ones_like(first))
+        if isinstance(getattr(self, "step", None), nn.Parameter):  # which an optimizer may hold
+            self.step.data.fill_(1)
+        else:
+            self.step = nn.Parameter(torch.ones_like(first))
         self._some_follow = bool(follows.any())  # kept, since asking a GPU takes time
 
     def scale(self, groups: Tensor, rows: Tensor | None = None) -> Tensor:

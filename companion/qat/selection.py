@@ -454,7 +454,7 @@ def refuse_adapters(model: nn.Module) -> None:
             raise UnsupportedModel(
                 f"{name} carries an adapter ({type(module).__name__}), and adapters rounded apart "
                 "from their layer cannot be merged exactly: merge_and_unload() first, or give the "
-                "model without adapters to companion.qat.lora.lora(), which trains them inside "
+                "model without adapters to companion.qat.lora.lora_qat(), which trains them inside "
                 "the rounding"
             )
     for name, module in model.named_modules():

@@ -16,7 +16,7 @@ from companion.errors import UnsupportedModel
 from companion.numerics.scheme import QuantScheme
 from companion.ptq.gptq import gptq
 from companion.qat.calibration import BATCHES
-from companion.qat.lora import lora
+from companion.qat.lora import convert_base, lora, lora_outside
 from companion.qat.prepare import convert, prepare_qat
 from companion.training.batches import batches
 
@@ -94,8 +94,17 @@ def _gptq(model: nn.Module, scheme: QuantScheme, task: Task, skip: Sequence[str]
     return gptq(model, scheme, task.train, skip=skip, progress=False)
 
 
+def _lora_outside(
+    model: nn.Module, scheme: QuantScheme, task: Task, skip: Sequence[str]
+) -> nn.Module:
+    return lora_outside(model, scheme, skip=skip)
+
+
 FLOAT = Arm("float", finish=lambda model: model, float_share=1.0)
 NEAREST = Arm("nearest", _with("absmax"), float_share=1.0)
+LORA_OUTSIDE = Arm("lora-outside", _matrices_only(_lora_outside), convert_base, float_share=0.75)
+"""Adapters in float beside a rounded base, as they are usually shipped: no model in few bits comes out,
+so `compare` takes it, without `models`, and does not know it by name."""
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (

@@ -23,24 +23,82 @@ from companion.evaluation.logits import LazyLogits, LazyLoss, pieces
 
 
 @dataclass(frozen=True)
+class TopK:
+    """A teacher's most probable tokens, and what is left of its probability in one bucket.
+
+    Compared are the k tokens and the bucket, for which the student's probabilities of all other
+    tokens are added up. That divergence is never above the whole one, and equal to it where k is
+    all tokens.
+
+    Parameters
+    ----------
+    tokens : Tensor of int64, shape (predictions, k)
+    log_probs : Tensor, shape (predictions, k)
+    rest : Tensor, shape (predictions,)
+        Logarithm of the bucket's probability.
+    places : Tensor of int64, shape (all,)
+        For each of a batch's predictions the one here; any number where it does not count.
+    shape : tuple of int
+        Of the teacher's logits.
+
+    Examples
+    --------
+    >>> top = TopK(torch.tensor([[2]]), torch.tensor([[0.5]]).log(), torch.tensor([0.5]).log(),
+    ...            torch.tensor([0]), (1, 3))
+    >>> top.log_probs_of(torch.tensor([0]), torch.tensor([[0.6, 0.2, 0.2]]).log()).exp()
+    tensor([[0.3750, 0.1250, 0.5000]])
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    rest: Tensor
+    places: Tensor
+    shape: tuple[int, ...]
+
+    def log_probs_of(self, index: Tensor, given: Tensor) -> Tensor:
+        """Complete the teacher's distribution by spreading the bucket as the student does.
+
+        The divergence between k + 1 outcomes, and its gradient, are then those of a full
+        distribution that is held fixed, in either direction.
+
+        Parameters
+        ----------
+        index : Tensor of int64, shape (rows,)
+            Which of the batch's predictions.
+        given : Tensor, shape (rows, words)
+            The student's log-probabilities, without a gradient.
+        """
+        place = self.places[index]
+        tokens, log_probs = self.tokens[place], self.log_probs[place].to(given.dtype)
+        if tokens.shape[1] == given.shape[1]:
+            return torch.empty_like(given).scatter_(1, tokens, log_probs)
+        elsewhere = given.scatter(1, tokens, -torch.inf).logsumexp(1, keepdim=True)
+        bucket = self.rest[place, None].to(given.dtype) - elsewhere
+        return (given + bucket).scatter_(1, tokens, log_probs)
+
+
+@dataclass(frozen=True)
 class Imitation:
     """What `chunked_loss` draws predictions to.
 
     Parameters
     ----------
-    teacher : LazyLogits
-        Of the shape of the student's.
+    teacher : LazyLogits or TopK
+        Of the shape of the student's. Stored answers were given at this temperature.
     counted : Tensor of bool
         Which predictions the divergence is a mean over.
     temperature : float
     factor : float
         Of the mean divergence in the loss.
+    reverse : bool
+        KL(student || teacher) instead of KL(teacher || student).
     """
 
-    teacher: LazyLogits
+    teacher: LazyLogits | TopK
     counted: Tensor
     temperature: float = 1.0
     factor: float = 1.0
+    reverse: bool = False
 
 
 def chunked_loss(
@@ -131,9 +189,18 @@ class _Score:
 
     def _imitate(self, rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         temperature, counts = self.imitation.temperature, self.counts[part, None].to(rows.dtype)
-        target = self.imitation.teacher.rows(self.index[part]).to(rows.dtype)
-        wanted = target.div_(temperature).log_softmax(-1)
-        given = (rows / temperature).log_softmax(-1)
+        teacher = self.imitation.teacher
+        if isinstance(teacher, TopK):
+            given = (rows / temperature).log_softmax(-1)
+            wanted = teacher.log_probs_of(self.index[part], given)
+        else:
+            target = teacher.rows(self.index[part]).to(rows.dtype)
+            wanted = target.div_(temperature).log_softmax(-1)
+            given = (rows / temperature).log_softmax(-1)
+        if self.imitation.reverse:
+            apart, given = given - wanted, given.exp_()
+            mean = (given * apart).sum(1, keepdim=True)
+            return (mean * counts).sum(), apart.sub_(mean).mul_(given).mul_(counts / temperature)
         apart = wanted - given
         wanted, given = wanted.exp_(), given.exp_()
         loss = (apart.mul_(wanted).sum(1, keepdim=True) * counts).sum()

@@ -17,7 +17,7 @@ from companion.data.text import IGNORED
 from companion.errors import NothingToTrain, UnsupportedModel
 from companion.evaluation.logits import LazyLogits, LazyLoss, put_off
 from companion.training.batches import count_rows
-from companion.training.chunked import Imitation, chunked_loss
+from companion.training.chunked import Imitation, TopK, chunked_loss
 from companion.training.state import kept_modes
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -47,7 +47,9 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(inputs), labels)
 
 
-def distillation_loss(teacher: nn.Module, temperature: float = 1.0, share: float = 1.0) -> LossFn:
+def distillation_loss(
+    teacher: nn.Module, temperature: float = 1.0, share: float = 1.0, *, reverse: bool = False
+) -> LossFn:
     """Return a loss that draws a model's predictions to those of a teacher.
 
     ``share * T**2 * KL(teacher || student) + (1 - share) * default_loss``, the divergence taken
@@ -72,6 +74,9 @@ def distillation_loss(teacher: nn.Module, temperature: float = 1.0, share: float
         Above 1 flattens both distributions, so that improbable answers weigh more.
     share : float
         Of the divergence in the loss, 0 to 1; the rest is the cross-entropy with the labels.
+    reverse : bool
+        Take ``KL(student || teacher)``. Forward, the student is drawn to cover all that the teacher
+        might say; reverse, to say nothing that the teacher would not.
 
     Returns
     -------
@@ -85,7 +90,8 @@ def distillation_loss(teacher: nn.Module, temperature: float = 1.0, share: float
 
     References
     ----------
-    Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015.
+    Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015. Gu et al.,
+    "MiniLLM: knowledge distillation of large language models", ICLR 2024 (the reverse divergence).
 
     Examples
     --------
@@ -95,19 +101,22 @@ def distillation_loss(teacher: nn.Module, temperature: float = 1.0, share: float
     >>> abs(float(distillation_loss(teacher)(student, batch))) < 1e-6
     True
     """
-    if temperature <= 0 or not 0 < share <= 1:
-        raise ValueError("temperature must be above 0, and share above 0 and at most 1")
     teacher.eval()
-    return Distillation(teacher, temperature, share)
+    return Distillation(teacher, temperature, share, reverse)
 
 
 @dataclass(frozen=True)
 class Distillation:
     """What `distillation_loss` returns: a loss that can be described and counted."""
 
-    teacher: nn.Module
+    teacher: Any
     temperature: float
     share: float
+    reverse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 < self.share <= 1:
+            raise ValueError("temperature must be above 0, and share above 0 and at most 1")
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         if model is self.teacher:
@@ -115,39 +124,40 @@ class Distillation:
                 "the teacher is the model itself, whose answers it gives already: pass the float "
                 "model that was prepared, or a copy.deepcopy of the model from before"
             )
-        student, cross_entropy = self._answer(model, batch, labelled=self.share < 1)
-        target = self._target(model, batch)
+        student, cross_entropy = answer(model, batch, labelled=self.share < 1)
+        counted = counted_of(model, batch, student)
+        target = self.target(model, batch, counted)
         if student.shape != target.shape:
             raise ValueError(
                 f"the teacher answers with shape {tuple(target.shape)}, the model with "
                 f"{tuple(student.shape)}: both need the same head and vocabulary"
             )
-        counted = _counted(model, batch, student)
         if not counted.any():
             raise NothingToTrain(NOTHING_SCORED)
-        if isinstance(student, LazyLogits) and isinstance(target, LazyLogits):
+        if isinstance(student, LazyLogits) and isinstance(target, (LazyLogits, TopK)):
             return self._in_pieces(student, target, counted, cross_entropy)
         student, target = (t.whole() if isinstance(t, LazyLogits) else t for t in (student, target))
         if isinstance(cross_entropy, LazyLoss):
             cross_entropy = chunked_loss(cross_entropy.logits, cross_entropy)
-        divergence = F.kl_div(
-            F.log_softmax(student[counted] / self.temperature, -1),
-            F.log_softmax(target[counted] / self.temperature, -1),
-            reduction="batchmean",
-            log_target=True,
-        )
+        given = F.log_softmax(student[counted] / self.temperature, -1)
+        if isinstance(target, TopK):
+            wanted = target.log_probs_of(counted.flatten().nonzero()[:, 0], given.detach())
+        else:
+            wanted = F.log_softmax(target[counted] / self.temperature, -1)
+        one, other = (wanted, given) if self.reverse else (given, wanted)
+        divergence = F.kl_div(one, other, reduction="batchmean", log_target=True)
         loss = self.share * self.temperature**2 * divergence
         return loss if cross_entropy is None else loss + (1 - self.share) * cross_entropy
 
     def _in_pieces(
         self,
         student: LazyLogits,
-        target: LazyLogits,
+        target: LazyLogits | TopK,
         counted: Tensor,
         cross_entropy: Tensor | None,
     ) -> Tensor:
         factor = self.share * self.temperature**2
-        imitation = Imitation(target, counted, self.temperature, factor)
+        imitation = Imitation(target, counted, self.temperature, factor, self.reverse)
         if not isinstance(cross_entropy, LazyLoss):
             loss = chunked_loss(student, imitation=imitation)
             return loss if cross_entropy is None else loss + (1 - self.share) * cross_entropy
@@ -165,37 +175,41 @@ class Distillation:
         shape = (tokens if labels is None else labels).shape
         return int(_token_mask(model, batch, shape).sum())
 
-    def _target(self, model: nn.Module, batch: Any) -> Tensor:
+    def target(self, model: nn.Module, batch: Any, counted: Tensor) -> Tensor | LazyLogits | TopK:
+        """Return what the predictions of a batch are drawn to."""
         place, own = (next(m.parameters(), None) for m in (model, self.teacher))
         if place is not None and own is not None and own.device != place.device:
             self.teacher.to(place.device)
         # layers that it shares with the model train on in the modes that they had
         with torch.no_grad(), kept_modes(self.teacher):
             self.teacher.eval()
-            return self._answer(self.teacher, batch, labelled=False)[0]
+            return answer(self.teacher, batch)[0]
 
-    @staticmethod
-    def _answer(model: nn.Module, batch: Any, labelled: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the logits of one forward pass, classes last, and if asked the cross-entropy."""
-        if isinstance(batch, Mapping):
-            output = _ask(model, batch)
-            logits = getattr(output, "logits", None)
-            if not isinstance(logits, Tensor):
-                raise UnsupportedModel(
-                    f"{type(model).__name__} answers without logits, which a teacher is imitated "
-                    "by: write a loss_fn that compares what it does answer"
-                )
-            images = logits.dim() > 3  # (batch, classes, height, width)
-            return (
-                logits.movedim(1, -1) if images else logits,
-                _own_loss(output) if labelled else None,
+
+def answer(model: nn.Module, batch: Any, labelled: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return the logits of one forward pass, classes last, and if asked the cross-entropy.
+
+    Examples
+    --------
+    >>> answer(nn.Identity(), (torch.zeros(1, 2), torch.tensor([0])))
+    (tensor([[0., 0.]]), None)
+    """
+    if isinstance(batch, Mapping):
+        output = _ask(model, batch)
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise UnsupportedModel(
+                f"{type(model).__name__} answers without logits, which a teacher is imitated "
+                "by: write a loss_fn that compares what it does answer"
             )
-        inputs, labels = batch
-        logits = model(inputs)
-        return (
-            logits.movedim(1, -1) if logits.dim() > 2 else logits,
-            F.cross_entropy(logits, labels) if labelled else None,
-        )
+        images = logits.dim() > 3  # (batch, classes, height, width)
+        return logits.movedim(1, -1) if images else logits, _own_loss(output) if labelled else None
+    inputs, labels = batch
+    logits = model(inputs)
+    return (
+        logits.movedim(1, -1) if logits.dim() > 2 else logits,
+        F.cross_entropy(logits, labels) if labelled else None,
+    )
 
 
 def count_scored(loss_fn: LossFn, model: nn.Module, batch: Any) -> int:
@@ -246,8 +260,15 @@ def _labels(batch: Any) -> Tensor | None:
     return labels if isinstance(labels, Tensor) else None
 
 
-def _counted(model: nn.Module, batch: Any, logits: Tensor) -> Tensor:
-    """Mark the predictions that count; their classes are the last dimension of the logits."""
+def counted_of(model: nn.Module, batch: Any, logits: Tensor) -> Tensor:
+    """Mark the predictions that count; their classes are the last dimension of the logits.
+
+    Examples
+    --------
+    >>> batch = {"labels": torch.tensor([[-100, -100, 7]])}  # the second token predicts the third
+    >>> counted_of(nn.Identity(), batch, torch.zeros(1, 3, 9))
+    tensor([[False,  True, False]])
+    """
     everything = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     labels = _labels(batch)
     if labels is not None and labels.is_floating_point():

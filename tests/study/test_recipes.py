@@ -8,11 +8,11 @@ import torch
 import transformers
 from torch import nn
 
-from companion import W2, W4, convert, fit, prepare_qat
+from companion import W2, W4, compare, convert, fit, prepare_qat
 from companion.data.task import Task
 from companion.qat.layers import FakeQuantLinear
 from companion.qat.packed import Packed
-from companion.study.recipes import ARMS, Arm, lora
+from companion.study.recipes import ARMS, LORA_OUTSIDE, Arm, lora
 
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
@@ -43,6 +43,14 @@ def test_every_arm_ends_in_packed_integers(name, task):
     model = arm.finish(arm.prepare(language_model(), W4, task, ()))
     assert sum(isinstance(module, Packed) for module in model.modules()) == LAYERS
     assert not any(isinstance(module, FakeQuantLinear) for module in model.modules())
+
+
+def test_adapters_outside_are_an_arm_of_a_comparison(task):
+    table = compare(language_model(), task, [W4], [LORA_OUTSIDE], steps=8, seeds=1, rates=[1e-2],
+                    progress=False)  # fmt: skip
+    row = table.loc[("W4 g32", "lora-outside")]
+    assert row["bytes"] > table.loc[("W4 g32", "nearest"), "bytes"]
+    assert row["value"] > 0
 
 
 def test_steps_add_up():
