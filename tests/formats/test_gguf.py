@@ -34,7 +34,7 @@ SCHEMES = [QuantScheme(4), QuantScheme(2), QuantScheme(3, None), QuantScheme(8),
 def quantized(config, scheme: QuantScheme = SCHEMES[0], **options) -> nn.Module:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():  # biases and norms with something in them
+    for parameter in model.parameters():  # biases and norms with something in them
         if parameter.dim() == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
     return convert(prepare_qat(model, scheme, "mse", **options))
