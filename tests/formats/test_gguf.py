@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks.engines import LlamaCpp
 from companion import QuantScheme, convert, load_pretrained, prepare_qat
 from companion.course.sources import load_tokenizer
 from companion.errors import UnsupportedModel, WrongStage
@@ -150,6 +151,21 @@ def test_the_tokenizer_is_named_as_llama_cpp_knows_it(tmp_path):
     again = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     text = "def f(x):\n    return x ** 2  # naïve"
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_llama_cpp_answers_as_the_model_does(bits, tmp_path):
+    """Up to what it rounds on the way: inputs to 8 bits by blocks, keys and values to float16."""
+    tokenizer, start = load_tokenizer("docs-lm"), load_pretrained("docs-lm")
+    model = convert(prepare_qat(start, QuantScheme(bits, activations=BLOCK8), "mse"))
+    served = LlamaCpp(export_gguf(model, tmp_path / "model.gguf", tokenizer), threads=1)
+    text = "The function returns a list of the names that were found in the module, or None."
+    ids = [0, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    theirs = served.log_probabilities(ids, 1)
+    with torch.no_grad():
+        ours = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).numpy()
+    divergence = (np.exp(ours) * (ours - theirs)).sum(-1)
+    assert divergence.mean() < 5e-4  # nats a token; rounding to 8 bits alone costs docs-lm more
 
 
 def test_other_tokenizers_are_refused(tmp_path):
