@@ -1,6 +1,6 @@
 """Engines that serve a language model, asked alike: times, and what they expect of a text.
 
-`xllamacpp` and `openvino` are no part of the project: requirements-benchmarks.txt installs them.
+`openvino` is no part of the project: requirements-benchmarks.txt installs it.
 """
 
 from __future__ import annotations

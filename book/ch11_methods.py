@@ -797,7 +797,9 @@ def verdicts(study):
     for family, lines in groupby(study["verdicts"], lambda v: v["family"]):
         print("Family", family)
         for v in lines:
-            lead = f"{v['difference']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
+            lead = (
+                f"{v['difference']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
+            )
             pair = f"{NAMES[v['first']]} : {NAMES[v['second']]}"
             print(f"  {v['scheme']}  {pair:50} {lead:22} {v['verdict']}")
 
@@ -849,7 +851,12 @@ for run in study["records"]:
         longest.setdefault((run["scheme"], run["method"]), []).append(run)
 taught = "lsq calibrated, teacher, first"
 for (scheme, method), runs in sorted(longest.items()):
-    other = cells[scheme, taught if "lsq" in method else taught.replace("lsq calibrated", "torchao")]
+    other = cells[
+        scheme,
+        taught
+        if "lsq" in method
+        else taught.replace("lsq calibrated", "torchao"),
+    ]
     lead = worse(
         Results(runs, study["packages"]), Results(other, study["packages"])
     )

@@ -144,29 +144,41 @@ def evaluate(
 @app.command()
 def export(
     model: Model,
-    file: Annotated[Path, typer.Argument(help="What to write, such as served/model.onnx.")],
+    file: Annotated[Path, typer.Argument(
+        help="What to write, such as served/model.onnx or served/model.gguf.")],
     accuracy_level: Annotated[int, typer.Option(
-        min=0, max=4, help="0 computes in float32, 4 rounds inputs to 8 bits: faster tokens, slower prompts.")] = 4,
+        min=0, max=4, help="Of ONNX files: 0 computes in float32, 4 rounds inputs to 8 bits: faster "
+                           "tokens, slower prompts.")] = 4,
 ) -> None:  # fmt: skip
-    """Write a quantized model as an ONNX file, with its tokenizer beside it.
+    """Write a quantized model for another engine: ONNX Runtime (.onnx) or llama.cpp (.gguf).
 
-    The integers in the file are those that were trained.
+    The integers in the file are those that were trained. An ONNX file gets its tokenizer beside it, a
+    GGUF file holds it.
 
-    Example: companion export finetuned/W4-g32-default served/model.onnx
+    Examples:
+
+      companion export finetuned/W4-g32-default served/model.onnx
+
+      companion export finetuned/W4-g32-default served/model.gguf
     """
     with one_line("export"):
         from companion.cli.stages import open_model, open_tokenizer, save_tokenizer
         from companion.course.models import is_quantized
         from companion.errors import WrongStage
+        from companion.formats.gguf import export_gguf
         from companion.formats.onnx.export import export_onnx
 
-        if file.suffix != ".onnx":
-            raise ValueError(f"{file} is written as ONNX: give it a name that ends in .onnx")
+        if file.suffix not in (".onnx", ".gguf"):
+            raise ValueError(f"{file} says no format: give it a name that ends in .onnx or .gguf")
         if not is_quantized(model):
             raise WrongStage(f"{model} is no folder with a quantized model: finetune makes one")
         quantized = open_model(model)
-        save_tokenizer(open_tokenizer(model), file.parent)  # first: it says where it may not lie
-        export_onnx(quantized, file, accuracy_level=accuracy_level)
+        tokenizer = open_tokenizer(model)
+        if file.suffix == ".gguf":
+            export_gguf(quantized, file, tokenizer)
+        else:
+            save_tokenizer(tokenizer, file.parent)  # first: it says where it may not lie
+            export_onnx(quantized, file, accuracy_level=accuracy_level)
     typer.echo(f"written to {file}: {file.stat().st_size / 1e6:.2f} MB")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from gguf import GGUFReader
 from typer.testing import CliRunner
 
 from companion.cli import app as cli
@@ -48,6 +49,14 @@ def test_finetune_prints_the_table_and_keeps_the_models(folder):
     assert last == f"written to {folder / 'out'}: results.json and the quantized models"
     kept = {path.name for path in (folder / "out").iterdir()}
     assert kept == {"W4-row-lsq", "W4-row-nearest", "results.json", "log.json"}
+
+
+def test_a_gguf_file_holds_model_and_tokenizer(folder):
+    file = folder / "served" / "model.gguf"
+    run("export", folder / "out" / "W4-row-lsq", file)
+    fields = GGUFReader(file).fields
+    assert fields["general.architecture"].contents() == "llama"
+    assert fields["tokenizer.ggml.model"].contents() == "gpt2"
 
 
 def test_from_fine_tuned_to_served(folder):
@@ -209,7 +218,7 @@ def test_a_task_of_the_wrong_kind_is_named(folder, encoder):
             says="no option 'block_size'",
         )
     fail("finetune", model, says="is quantized already")
-    fail("export", model, folder / "served", says="ends in .onnx")
+    fail("export", model, folder / "served", says="ends in .onnx or .gguf")
 
 
 @pytest.mark.parametrize(
