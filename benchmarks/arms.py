@@ -362,13 +362,7 @@ class Study:
             model, steps = self.load_control(draw), self.steps(Job(FLOAT))
             rows = 4 if self.small else CALIBRATION
             calibration = self.texts.calibration(rows, 2 * self.rows, self.device)
-            if method == "autoround":
-                model = autoround(model, scheme, calibration)
-            elif method == "gptq":
-                model = convert(gptq(model, scheme, calibration, batches=len(calibration),
-                                     act_order=True, progress=False))  # fmt: skip
-            else:
-                model = convert(prepare_qat(model, scheme, PLAIN.get(method, method)))
+            model = round_with(method, model, scheme, calibration)
             return self.record(model, test=True) | {
                 "scheme": scheme_name(scheme), "method": method, "seed": draw, "steps": steps,
                 "float_steps": steps, "lr": 0.0, "training_tokens": steps * self.rows * SIZE,
@@ -504,12 +498,17 @@ def prepare_torchao(model: nn.Module, scheme: QuantScheme):
     return model, finish
 
 
-def autoround(model: nn.Module, scheme: QuantScheme, calibration: list) -> nn.Module:
-    """Round by AutoRound's own package and its usual 200 iterations a block.
+def round_with(method: str, model: nn.Module, scheme: QuantScheme, calibration: list) -> nn.Module:
+    """Round a float model by a method of PTQ, or by AutoRound's own package.
 
-    The result holds its weights on their grid in float32: `bytes` of its record are those of a float
-    model.
+    AutoRound takes its usual 200 iterations a block. What it returns holds its weights on their grid in
+    float32, so that `bytes` of its record are those of a float model.
     """
+    if method == "gptq":
+        return convert(gptq(model, scheme, calibration, batches=len(calibration), act_order=True,
+                            progress=False))  # fmt: skip
+    if method != "autoround":
+        return convert(prepare_qat(model, scheme, PLAIN.get(method, method)))
     from auto_round import AutoRound
 
     rows = [row for batch in calibration for row in batch["input_ids"].split(1)]

