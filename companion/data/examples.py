@@ -101,7 +101,7 @@ def classification(
                 for row, (_, label) in zip(encoded, examples, strict=True)]  # fmt: skip
 
     tokenizer = with_padding(tokenizer)
-    parts = _loaders(splits, rows, batch_size, Collator(tokenizer))
+    parts = loaders_by_length(splits, rows, batch_size, Collator(tokenizer))
     return Task(name, **parts, classes=tuple(classes), source=source, metric="accuracy")
 
 
@@ -135,7 +135,7 @@ def tagging(
             result.append(row | {"labels": labels})
         return result
 
-    parts = _loaders(splits, rows, batch_size, Collator(tokenizer))
+    parts = loaders_by_length(splits, rows, batch_size, Collator(tokenizer))
     return Task(name, **parts, classes=tuple(classes), source=source, metric="span F1")
 
 
@@ -167,7 +167,7 @@ def retrieval(
             for query, text, (asked, _) in zip(*sides, examples, strict=True)
         ]
 
-    parts = _loaders(splits, rows, batch_size, Collator(tokenizer, pairs=True),
+    parts = loaders_by_length(splits, rows, batch_size, Collator(tokenizer, pairs=True),
                      evaluation_batch=batch_size)  # fmt: skip
     return Task(name, **parts, classes=(), source=source, metric="recall@1")
 
@@ -231,7 +231,7 @@ def _length(row: Row) -> int:
     return max(len(value) for value in row.values() if isinstance(value, list))
 
 
-def _loaders(
+def loaders_by_length(
     splits: Mapping[str, Sequence], rows: Callable, batch_size: int, collate_fn: Callable,
     evaluation_batch: int = EVALUATION_BATCH,
 ) -> dict[str, DataLoader]:  # fmt: skip
