@@ -168,7 +168,7 @@ def retrieval(
         ]
 
     parts = loaders_by_length(splits, rows, batch_size, Collator(tokenizer, pairs=True),
-                     evaluation_batch=batch_size)  # fmt: skip
+                              evaluation_batch=batch_size)  # fmt: skip
     return Task(name, **parts, classes=(), source=source, metric="recall@1")
 
 
@@ -235,7 +235,22 @@ def loaders_by_length(
     splits: Mapping[str, Sequence], rows: Callable, batch_size: int, collate_fn: Callable,
     evaluation_batch: int = EVALUATION_BATCH,
 ) -> dict[str, DataLoader]:  # fmt: skip
-    """A loader of each split: shuffled by length to train on, sorted by length to measure on."""
+    """A loader of each split: shuffled by length to train on, sorted by length to measure on.
+
+    Parameters
+    ----------
+    splits : mapping of str to sequence
+        "train", "validation" and "test".
+    rows : callable
+        Turns the examples of a split into rows of token columns. A row to measure on that has no
+        ``document`` is one of its own.
+    batch_size : int
+        Rows to train on at a time.
+    collate_fn : callable
+        Such as `Collator`.
+    evaluation_batch : int
+        Rows to measure on at a time.
+    """
     with extra("language"):
         from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -247,7 +262,7 @@ def loaders_by_length(
         order = {"sampler": LengthGroupedSampler(batch_size, lengths=lengths)}
     loaders = {"train": DataLoader(train, batch_size, collate_fn=collate_fn, **order)}
     for part, held_out in (("validation", validation), ("test", test)):
-        numbered = [row | {"document": number} for number, row in enumerate(held_out)]
+        numbered = [{"document": number} | row for number, row in enumerate(held_out)]
         numbered.sort(key=_length)
         loaders[part] = DataLoader(numbered, evaluation_batch, collate_fn=collate_fn)
     return loaders
