@@ -29,7 +29,7 @@ PARTS = ("train", "validation", "test")
 SHARES = {"test": range(0, 16), "validation": range(16, 20)}
 """Percent of the source files that chats hold out."""
 LONGEST = 600
-"""Characters of a docstring that a prompt shows."""
+"""Characters of a body that a prompt shows; a docstring of half as many again is shown whole."""
 REPEATED, SHARED = 8, 13
 """Words in a row by which examples are found to be nearly the same, and held-out ones known."""
 SUMMARIZE = "Write the summary line of this docstring."
@@ -441,7 +441,8 @@ def _part(module: str) -> str:
 
 def _told(example: Instruction) -> str:
     """What an example tells, without what all are asked."""
-    return f"{example.completion}\n{example.prompt.partition(chr(10))[2]}"
+    _, _, text = example.prompt.partition("\n")
+    return f"{example.completion}\n{text}"
 
 
 def _apart(examples: Iterable[Instruction]) -> tuple[Instruction, ...]:
@@ -479,7 +480,11 @@ def _json_asked(document: str) -> tuple[str, str] | None:
              for title in ("Parameters", "Returns", "Raises") if title in sections]  # fmt: skip
     prompt = "\n\n".join([AS_JSON, parts[0], *shown])
     parameters, raises = (_names(sections.get(title, "")) for title in ("Parameters", "Raises"))
-    if not parameters or None in (*parameters, *raises) or len(prompt) > len(AS_JSON) + LONGEST:
+    if (
+        not parameters
+        or None in (*parameters, *raises)
+        or len(prompt) > len(AS_JSON) + 1.5 * LONGEST
+    ):
         return None
     answer = dict(zip(KEYS, (parts[0], parameters, raises), strict=True))
     return prompt, json.dumps(answer, ensure_ascii=False)
