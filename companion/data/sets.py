@@ -280,7 +280,7 @@ def split_rows(
     --------
     >>> found = split_rows("notes", {"train": {"n": [*range(10), None]}}, ["n"])
     >>> found["test"]
-    [{'n': 2}]
+    [{'n': 4}]
     """
     parts = {}
     for part, table in tables.items():
@@ -328,7 +328,7 @@ def labelled(
     >>> table = {"text": ["green", "red"] * 10, "label": ["go", "stop"] * 10}
     >>> splits, classes = labelled("lights", {"train": table})
     >>> classes, splits["test"]
-    (('go', 'stop'), [('red', 1), ('red', 1)])
+    (('go', 'stop'), [('green', 0), ('green', 0)])
     """
     splits = split_rows(name, tables, (text_column, label_column))
     rows = [row for part in PARTS for row in splits[part]]
