@@ -83,7 +83,9 @@ def test_a_template_that_begins_the_text_begins_it_once():
     tokenizer = with_template(LLAMA3)
     rows = encode_chat([{"role": "system", "content": "Be brief."}, *TALK], tokenizer)
     assert rows[0]["input_ids"].count(tokenizer.bos_token_id) == 1
-    assert scored(rows, tokenizer) == [["To a city, größer than 🚀.<|eot|>", "The Emerald City.<|eot|>"]]
+    assert scored(rows, tokenizer) == [
+        ["To a city, größer than 🚀.<|eot|>", "The Emerald City.<|eot|>"]
+    ]
 
 
 def test_a_template_may_refuse_a_system_message_and_says_so():
@@ -236,7 +238,9 @@ def test_a_long_conversation_is_left_out_and_counted_never_cut():
 
 def test_rows_of_one_conversation_are_one_document():
     tokenizer = with_template(REWRITES)
-    task = chat("chats", dict.fromkeys(("train", "validation", "test"), [TALK, TALK[:2]]), tokenizer, "")
+    task = chat(
+        "chats", dict.fromkeys(("train", "validation", "test"), [TALK, TALK[:2]]), tokenizer, ""
+    )
     assert sorted(row["document"] for row in task.test.dataset) == [0, 0, 1]
     assert len(task.train.dataset) == 3
 
@@ -263,13 +267,17 @@ def test_a_template_that_never_ends_a_turn_is_told():
 
 def test_a_file_of_chats_becomes_a_task_for_smollm2(tmp_path):
     path = tmp_path / "chat.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": talk, "text": "plain " * 60}) for talk in talks(50)))
+    path.write_text(
+        "\n".join(json.dumps({"messages": talk, "text": "plain " * 60}) for talk in talks(50))
+    )
     task, named = load_task(str(path), batch_size=4), load_task(str(path), model="smollm2")
     tokenizer = load_tokenizer("smollm2")
     assert (task.metric, task.classes) == ("loss", ())
     batch = next(iter(task.train))
     assert batch["labels"].shape[0] == 4
-    assert tokenizer.decode(batch["labels"][0][batch["labels"][0] != IGNORED]).endswith("<|im_end|>")
+    assert tokenizer.decode(batch["labels"][0][batch["labels"][0] != IGNORED]).endswith(
+        "<|im_end|>"
+    )
     assert task.test.dataset == named.test.dataset
     plain = load_task(str(path), text_column="text", block_size=16)
     assert set(next(iter(plain.train))) == {"input_ids", "labels"}

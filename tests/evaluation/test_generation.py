@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from companion import W4, W4A8, convert, load_pretrained, load_quantized, prepare_qat, save_quantized
+from companion import (
+    W2,
+    W4,
+    W4A8,
+    convert,
+    load_pretrained,
+    load_quantized,
+    prepare_qat,
+    save_quantized,
+)
 from companion.course.sources import load_tokenizer
 from companion.data.chat import chat
 from companion.errors import EmptyLoader, UnsupportedModel
@@ -34,10 +43,19 @@ CHATML = (
 def stages(make, scheme, folder):
     """A model, the same under rounding, converted, and saved and loaded."""
     model = make(tiny.byte_level())
+    with torch.no_grad():  # so that what was read matters, and not the last token alone
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name and "wte" not in name:
+                parameter.mul_(20)
     prepared = prepare_qat(model, scheme, "absmax")
     converted = convert(prepared)
     save_quantized(converted, folder)
-    return {"float": model, "prepared": prepared, "converted": converted, "loaded": load_quantized(folder)}
+    return {
+        "float": model,
+        "prepared": prepared,
+        "converted": converted,
+        "loaded": load_quantized(folder),
+    }
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
@@ -46,7 +64,9 @@ def test_a_batch_answers_as_each_prompt_alone_does(make, scheme, tmp_path):
     tokenizer, found = tiny.byte_level(), {}
     for name, model in stages(make, scheme, tmp_path).items():
         model.train()
-        alone = [answers(model, tokenizer, [p], max_new_tokens=12, batch_size=1)[0] for p in PROMPTS]
+        alone = [
+            answers(model, tokenizer, [p], max_new_tokens=12, batch_size=1)[0] for p in PROMPTS
+        ]
         found[name] = answers(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=4)
         assert found[name] == alone
         assert model.training
@@ -83,7 +103,9 @@ def test_draws_follow_the_seed_and_leave_the_callers_alone():
     model = tiny.llama(tokenizer)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    drawn = [answers(model, tokenizer, PROMPTS, max_new_tokens=8, sample=True, seed=s) for s in (0, 0, 1)]
+    drawn = [
+        answers(model, tokenizer, PROMPTS, max_new_tokens=8, sample=True, seed=s) for s in (0, 0, 1)
+    ]
     assert torch.equal(torch.get_rng_state(), before)
     assert drawn[0] == drawn[1] != drawn[2]
     greedy = answers(model, tokenizer, PROMPTS, max_new_tokens=8)
@@ -112,14 +134,17 @@ def test_an_answer_ends_where_the_template_ends_a_turn():
         model.model.embed_tokens.weight[said] = 1
         model.lm_head.weight[said] = -1
         model.lm_head.weight[stop] = 1
-        model.model.embed_tokens.weight[tokenizer("\n", add_special_tokens=False)["input_ids"][-1]] = -1
+        model.model.embed_tokens.weight[
+            tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+        ] = -1
     ids = encode_prompt("Hi", tokenizer)
     new = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids) :]
     assert new[:2].tolist() == [said, stop]
     assert len(new) == 6  # on its own it goes on
-    assert answers(model, tokenizer, ["Hi", "Hello, you"], max_new_tokens=6) == [
-        tokenizer.decode([said]).strip()
-    ] * 2
+    assert (
+        answers(model, tokenizer, ["Hi", "Hello, you"], max_new_tokens=6)
+        == [tokenizer.decode([said]).strip()] * 2
+    )
     asked = [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hi"}]
     assert len(encode_prompt(asked, tokenizer)) > len(ids)
 
@@ -197,9 +222,11 @@ def test_what_is_forgotten_is_the_divergence_of_scored_tokens():
     tokenizer = chatty(model_max_length=200)
     talks = [[{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
              for text in tiny.TEXTS[:8]]  # fmt: skip
-    task = chat("chats", dict.fromkeys(("train", "validation", "test"), talks), tokenizer, "", batch_size=2)
+    task = chat(
+        "chats", dict.fromkeys(("train", "validation", "test"), talks), tokenizer, "", batch_size=2
+    )
     model = tiny.llama(tokenizer)
-    rounded = prepare_qat(model, W4, "absmax")
+    rounded = prepare_qat(model, W2, "absmax")
     found = forgotten(rounded, model, task.test)
     totals, weights = np.zeros(8), np.zeros(8)
     for batch in task.test:
@@ -209,13 +236,14 @@ def test_what_is_forgotten_is_the_divergence_of_scored_tokens():
         scored = batch["labels"][:, 1:] != -100
         kl = (p.exp() * (p - q)).sum(-1) * scored
         totals[batch["document"]], weights[batch["document"]] = kl.sum(1), scored.sum(1)
-    np.testing.assert_allclose(found.total, totals, rtol=1e-3)
+    np.testing.assert_allclose(found.total, totals, rtol=2e-3)  # float32, and small
     assert found.weight.tolist() == weights.tolist()
     assert found.value > 1e-4
     estimate = found.estimate()
     assert (estimate.n, estimate.low < found.value < estimate.high) == (8, True)
     assert forgotten(model, model, task.train).value == pytest.approx(0, abs=1e-7)
+    tokenizer.add_tokens(["another"])
     with pytest.raises(UnsupportedModel, match="compare a model with the one"):
-        forgotten(tiny.llama(tiny.byte_level()), model, task.test)
+        forgotten(tiny.llama(tokenizer), model, task.test)
     with pytest.raises(EmptyLoader, match="no token to score"):
         forgotten(model, model, [])
