@@ -291,13 +291,17 @@ def continuations(questions: int = 1000) -> dict[str, tuple[Question, ...]]:
 
 
 @cache
-def instructed_summaries(examples: int = 5000) -> dict[str, tuple[Instruction, ...]]:
+def instructed_summaries(
+    examples: int = 5000, held_out: int = 400
+) -> dict[str, tuple[Instruction, ...]]:
     """Docstrings without their summary line, which is asked for.
 
     Parameters
     ----------
     examples : int
         To train on.
+    held_out : int
+        At most so many for test, and a quarter of that for validation.
 
     Returns
     -------
@@ -312,17 +316,19 @@ def instructed_summaries(examples: int = 5000) -> dict[str, tuple[Instruction, .
     >>> len(test) >= 300, test[0].completion.endswith(".")
     (True, True)
     """
-    return _instructed(_summary_asked, examples)
+    return _instructed(_summary_asked, examples, held_out)
 
 
 @cache
-def instructed_json(examples: int = 5000) -> dict[str, tuple[Instruction, ...]]:
+def instructed_json(
+    examples: int = 5000, held_out: int = 400
+) -> dict[str, tuple[Instruction, ...]]:
     """Docstrings in NumPy's style, with what they document as JSON.
 
     Parameters
     ----------
-    examples : int
-        To train on, or as many as there are.
+    examples, held_out : int
+        As in `instructed_summaries`; there are fewer, about 3,000 to train on.
 
     Returns
     -------
@@ -340,7 +346,7 @@ def instructed_json(examples: int = 5000) -> dict[str, tuple[Instruction, ...]]:
     >>> len(test) >= 300, tuple(json.loads(test[0].completion)) == KEYS
     (True, True)
     """
-    return _instructed(_json_asked, examples)
+    return _instructed(_json_asked, examples, held_out)
 
 
 def _passage(document: str) -> str:
@@ -412,7 +418,7 @@ def _distinct(
 
 
 def _instructed(
-    make: Callable[[str], tuple[str, str] | None], examples: int
+    make: Callable[[str], tuple[str, str] | None], examples: int, held_out: int
 ) -> dict[str, tuple[Instruction, ...]]:
     """Make a prompt and an answer of every docstring, split by module, nothing twice."""
     corpus = docstrings(progress=False)
@@ -425,12 +431,13 @@ def _instructed(
                 found[_part(module)].append(Instruction(*pair, package))
     train = _apart(_drawn(found["train"], len(found["train"])))
     read = np.unique(np.concatenate([ngrams(_told(e), SHARED) for e in train]))
-    held_out = {
+    others = {
         part: tuple(e for e in _apart(_drawn(found[part], len(found[part])))
                     if not _found(ngrams(_told(e), SHARED), read))
         for part in SHARES
     }  # fmt: skip
-    return {"train": train[:examples], **held_out}
+    sizes = {"train": examples, "validation": held_out // 4, "test": held_out}
+    return {part: {"train": train, **others}[part][:size] for part, size in sizes.items()}
 
 
 def _part(module: str) -> str:
@@ -509,7 +516,7 @@ def _names(section: str) -> list[str | None]:
 def _beginning(text: str, most: int = LONGEST) -> str:
     """So much of a text as fits, up to the end of a sentence or a line, and no bare heading."""
     if len(text) > most:
-        ends = [end.end() for end in re.finditer(r"[.!?](?=\s)|\n", text[: most + 1])]
+        ends = [end.end() for end in re.finditer(r"[.!?](?=\s)|\n(?![-=~]{3})", text[: most + 1])]
         text = text[: ends[-1] if ends else 0]
     return re.sub(r"\n+[^\n]+\n[-=~]{3,}\s*$", "", text).strip()
 

@@ -78,7 +78,7 @@ def load_task(name: str, **options) -> Task:
         made for, of chats SmolLM2's), or instead ``model``, a name whose tokenizer is loaded; for
         chats and classifications ``max_length`` (tokens of a row at most: a longer conversation is
         left out, with a warning, a longer text is cut); for chats of docstrings ``examples`` (to
-        train on); for the names that need a network ``folder``, with files of the same columns.
+        train on) and ``held_out`` (to test on); for the names that need a network ``folder``, with files of the same columns.
 
     Returns
     -------
@@ -175,14 +175,13 @@ def _summaries(name: str, tokenizer=None, batch_size: int = 16, **sizes) -> Task
 
 
 def _docstring_chats(
-    name: str, tokenizer=None, examples: int = 5000, batch_size: int = 8, **options
+    name: str, tokenizer=None, examples: int = 5000, held_out: int = 400, **options
 ) -> Task:
     """Answer as the author of a docstring did, or would have to."""
     made = {"docstring-summaries": instructed_summaries, "docstring-json": instructed_json}
     splits = {part: conversations(example._asdict() for example in found)
-              for part, found in made[name](examples).items()}  # fmt: skip
-    return chat(name, splits, tokenizer or load_tokenizer(SMOLLM2), _read_from(),
-                batch_size=batch_size, **options)  # fmt: skip
+              for part, found in made[name](examples, held_out).items()}  # fmt: skip
+    return chat(name, splits, tokenizer or load_tokenizer(SMOLLM2), _read_from(), **options)
 
 
 def _cloze(name: str, tokenizer=None, questions: int = 1000, **options) -> Task:

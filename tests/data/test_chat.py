@@ -10,7 +10,7 @@ import torch
 from companion import load_task
 from companion.course.sources import load_tokenizer
 from companion.data.chat import chat, conversations, encode_chat, end_of_turn, render
-from companion.data.sets import read_rows
+from companion.data.sets import PARTS, read_rows
 from companion.data.text import IGNORED
 from companion.errors import DataWarning, SourceUnavailable, UnsupportedModel
 from tests import tiny
@@ -209,7 +209,7 @@ def test_an_input_of_alpaca_stands_below_its_instruction():
     ],
 )
 def test_a_row_that_holds_no_chat_is_shown(row, remedy):
-    with pytest.raises(ValueError, match="the row {") as caught:
+    with pytest.raises(ValueError, match=r"the row \{") as caught:
         conversations([ROWS["texts"], row])
     assert remedy in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -238,9 +238,7 @@ def test_a_long_conversation_is_left_out_and_counted_never_cut():
 
 def test_rows_of_one_conversation_are_one_document():
     tokenizer = with_template(REWRITES)
-    task = chat(
-        "chats", dict.fromkeys(("train", "validation", "test"), [TALK, TALK[:2]]), tokenizer, ""
-    )
+    task = chat("chats", {part: [TALK, TALK[:2]] for part in PARTS}, tokenizer, "")
     assert sorted(row["document"] for row in task.test.dataset) == [0, 0, 1]
     assert len(task.train.dataset) == 3
 
