@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -245,6 +245,8 @@ def _turns() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  arrow keys and a history for input()
     while True:
         try:
             yield input("> ")

@@ -204,6 +204,27 @@ def ngrams(text: str, n: int = NGRAM) -> np.ndarray:
     return (windows * powers).sum(1, dtype=np.uint64)
 
 
+def any_in(grams: np.ndarray, read: np.ndarray) -> bool:
+    """Whether any of a few hashes occurs among many.
+
+    Parameters
+    ----------
+    grams : ndarray of uint64, shape (few,)
+        From `ngrams`.
+    read : ndarray of uint64, shape (many,)
+        Sorted.
+
+    Examples
+    --------
+    >>> any_in(ngrams("the road of yellow", 3), np.sort(ngrams("a road of yellow bricks", 3)))
+    True
+    """
+    if not len(grams):
+        return False
+    places = np.searchsorted(read, grams).clip(max=len(read) - 1)
+    return bool((read[places] == grams).any())
+
+
 def _split(packages: list[str], progress: bool) -> dict[str, list[tuple[str, str, str]]]:
     """Return each document with its package and its source file, for each split."""
     reference = np.unique(np.concatenate([ngrams(text) for text in _topics().values()]))
@@ -218,12 +239,12 @@ def _split(packages: list[str], progress: bool) -> dict[str, list[tuple[str, str
         part = next((part for part, places in HELD_OUT.items() if place in places), "train")
         for document in _docstrings(file):
             squeezed = " ".join(document.split())
-            if squeezed not in seen and not _found(ngrams(document), reference):
+            if squeezed not in seen and not any_in(ngrams(document), reference):
                 seen.add(squeezed)
                 splits[part].append((document, package, name))
     read = np.unique(np.concatenate([ngrams(text) for text, *_ in splits["train"]]))
     for part in HELD_OUT:
-        splits[part] = [entry for entry in splits[part] if not _found(ngrams(entry[0]), read)]
+        splits[part] = [entry for entry in splits[part] if not any_in(ngrams(entry[0]), read)]
     return splits
 
 
@@ -233,14 +254,6 @@ def _read(path: Path) -> tuple[dict[str, tuple[str, ...]], ...]:
     splits = json.loads(path.read_text())
     return tuple({part: tuple(entry[i] for entry in entries) for part, entries in splits.items()}
                  for i in range(3))  # fmt: skip
-
-
-def _found(grams: np.ndarray, read: np.ndarray) -> bool:
-    """Whether any of a few hashes occurs in a long sorted array."""
-    if not len(grams):
-        return False
-    places = np.searchsorted(read, grams).clip(max=len(read) - 1)
-    return bool((read[places] == grams).any())
 
 
 def _files(package: str) -> Iterator[tuple[Path, Path]]:

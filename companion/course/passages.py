@@ -11,13 +11,13 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from companion.course.corpus import Corpus, _found, docstrings, ngrams
+from companion.course.corpus import Corpus, any_in, docstrings, ngrams
 from companion.data.text import CHOICES, encode
 
 LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn", "sympy", "torch",
@@ -307,8 +307,9 @@ def instructed_summaries(
     -------
     dict of str to tuple of Instruction
         The prompt shows the beginning of the body, up to the end of a sentence or line. Split by
-        package and module; no thirteen words of a held-out prompt and answer stand in the
-        training split, and no two examples share half of their text.
+        package and module; no thirteen words in a row of a held-out prompt and answer stand in
+        the training split, no example shares half of its text with those drawn before it, and no
+        two have the same answer.
 
     Examples
     --------
@@ -429,15 +430,12 @@ def _instructed(
         ):
             if (pair := make(document)) is not None:
                 found[_part(module)].append(Instruction(*pair, package))
-    train = _apart(_drawn(found["train"], len(found["train"])))
-    read = np.unique(np.concatenate([ngrams(_told(e), SHARED) for e in train]))
-    others = {
-        part: tuple(e for e in _apart(_drawn(found[part], len(found[part])))
-                    if not _found(ngrams(_told(e), SHARED), read))
-        for part in SHARES
-    }  # fmt: skip
+    kept = _apart({part: _drawn(found[part], len(found[part])) for part in ("train", *SHARES)})
+    read = np.unique(np.concatenate([ngrams(_told(e), SHARED) for e in kept["train"]]))
+    for part in SHARES:
+        kept[part] = [e for e in kept[part] if not any_in(ngrams(_told(e), SHARED), read)]
     sizes = {"train": examples, "validation": held_out // 4, "test": held_out}
-    return {part: {"train": train, **others}[part][:size] for part, size in sizes.items()}
+    return {part: tuple(kept[part][:size]) for part, size in sizes.items()}
 
 
 def _part(module: str) -> str:
@@ -452,18 +450,19 @@ def _told(example: Instruction) -> str:
     return f"{example.completion}\n{text}"
 
 
-def _apart(examples: Iterable[Instruction]) -> tuple[Instruction, ...]:
+def _apart(parts: Mapping[str, Iterable[Instruction]]) -> dict[str, list[Instruction]]:
     """Leave out what shares half of its text with examples before it, or has the same answer."""
     seen: set[int] = set()
     answers: set[str] = set()
-    kept = []
-    for example in examples:
-        grams = ngrams(_told(example), REPEATED).tolist()
-        if example.completion not in answers and 2 * len(seen.intersection(grams)) < len(grams):
-            kept.append(example)
-            seen.update(grams)
-            answers.add(example.completion)
-    return tuple(kept)
+    kept: dict[str, list[Instruction]] = {part: [] for part in parts}
+    for part, examples in parts.items():
+        for example in examples:
+            grams = ngrams(_told(example), REPEATED).tolist()
+            if example.completion not in answers and 2 * len(seen.intersection(grams)) < len(grams):
+                kept[part].append(example)
+                seen.update(grams)
+                answers.add(example.completion)
+    return kept
 
 
 def _summary_asked(document: str) -> tuple[str, str] | None:

@@ -235,7 +235,7 @@ def render(messages: Messages, tokenizer, *, answer: bool = False) -> str:
 
 
 def end_of_turn(tokenizer) -> int | None:
-    """Return the token that ends an answer, or None where the template has none of its own.
+    """Return the token that ends an answer, or None where the template tells of none.
 
     Parameters
     ----------
@@ -243,7 +243,10 @@ def end_of_turn(tokenizer) -> int | None:
         With a chat template.
     """
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    return _last(encode_chat(said, tokenizer)[0], tokenizer)
+    try:
+        return _last(encode_chat(said, tokenizer)[0], tokenizer)
+    except UnsupportedModel:  # one may be talked with all the same
+        return None
 
 
 def _last(row: Row, tokenizer) -> int | None:

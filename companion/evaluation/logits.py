@@ -226,7 +226,7 @@ def token_divergences(logits: Tensor, others: Tensor, labels: Tensor) -> Tensor:
     found, flat = torch.zeros(labels.numel(), device=logits.device), labels.flatten()
     for index in pieces((flat != IGNORED).nonzero()[:, 0], logits.shape[-1]):
         p = rows_at(logits, index).float().log_softmax(-1)
-        q = rows_at(others, index).to(p).log_softmax(-1)
+        q = rows_at(others, index.to(others.device)).to(p).log_softmax(-1)
         found[index] = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
     return found.view(labels.shape)
 

@@ -136,6 +136,7 @@ def test_a_template_whose_answers_begin_otherwise_is_refused():
     opened = NO_SYSTEM.replace("<|start|>model\n{% endif", "<|start|>model\n<think>\n{% endif")
     with pytest.raises(UnsupportedModel, match="opens an answer with"):
         encode_chat(TALK, with_template(opened))
+    assert end_of_turn(with_template(opened)) is None  # one may be talked with all the same
     with pytest.raises(UnsupportedModel, match="no chat template"):
         encode_chat(TALK, tiny.byte_level())
 

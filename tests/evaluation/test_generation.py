@@ -18,6 +18,7 @@ from companion import (
 )
 from companion.course.sources import load_tokenizer
 from companion.data.chat import chat
+from companion.data.text import IGNORED
 from companion.errors import EmptyLoader, UnsupportedModel
 from companion.evaluation.generation import (
     answer_table,
@@ -227,16 +228,19 @@ def test_what_is_forgotten_is_the_divergence_of_scored_tokens():
     )
     model = tiny.llama(tokenizer)
     rounded = prepare_qat(model, W2, "absmax")
-    found = forgotten(rounded, model, task.test)
-    totals, weights = np.zeros(8), np.zeros(8)
-    for batch in task.test:
-        with torch.no_grad():
-            p, q = (m(batch["input_ids"], batch["attention_mask"]).logits.double().log_softmax(-1)[:, :-1]
-                    for m in (model, rounded))  # fmt: skip
-        scored = batch["labels"][:, 1:] != -100
-        kl = (p.exp() * (p - q)).sum(-1) * scored
-        totals[batch["document"]], weights[batch["document"]] = kl.sum(1), scored.sum(1)
-    np.testing.assert_allclose(found.total, totals, rtol=2e-3)  # float32, and small
+    pairs = {"float": (model, rounded), "rounded": (rounded, model),
+             "both": (rounded, prepare_qat(model, W4, "absmax")),
+             "converted": (model, convert(rounded))}  # fmt: skip
+    for original, moved in pairs.values():
+        found, totals, weights = forgotten(moved, original, task.test), np.zeros(8), np.zeros(8)
+        for batch in task.test:
+            with torch.no_grad():
+                p, q = (m(batch["input_ids"], batch["attention_mask"]).logits.double()
+                        .log_softmax(-1)[:, :-1] for m in (original, moved))  # fmt: skip
+            scored = batch["labels"][:, 1:] != IGNORED
+            kl = (p.exp() * (p - q)).sum(-1) * scored
+            totals[batch["document"]], weights[batch["document"]] = kl.sum(1), scored.sum(1)
+        np.testing.assert_allclose(found.total, totals, rtol=2e-3)  # float32, and small
     assert found.weight.tolist() == weights.tolist()
     assert found.value > 1e-4
     estimate = found.estimate()
