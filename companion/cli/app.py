@@ -22,7 +22,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(
     help="docs-lm, smollm2, a Hub id, a folder with a model, or a file from `companion export`.")]  # fmt: skip
 TaskName = Annotated[str, typer.Option("--task", help="A task of the course, or a text, JSON, CSV "
-                                       "or Parquet file of your own.")]  # fmt: skip
+                                       "or Parquet file of your own: texts, texts with labels, chats.")]  # fmt: skip
 BlockSize = Annotated[int | None, typer.Option(min=2, show_default="256, or what the model takes",
                       help="Tokens in a row, of language tasks.")]  # fmt: skip
 MaxLength = Annotated[int | None, typer.Option(min=1, show_default="1,024 of a chat, 128 of a text",

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import reprlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from companion.errors import MissingExtra, SourceUnavailable, extra
+from companion.errors import DataWarning, MissingExtra, SourceUnavailable, extra
 
 FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 PARTS = ("train", "validation", "test")
@@ -274,11 +275,12 @@ def split_rows(
     name, tables
         As in `split_texts`.
     needed : sequence of str
-        Columns in which nothing may be missing or blank; rows in which something is are left out.
+        Columns in which nothing may be missing or blank; rows in which something is are left out,
+        and a `DataWarning` says how many.
 
     Examples
     --------
-    >>> found = split_rows("notes", {"train": {"n": [*range(10), None]}}, ["n"])
+    >>> found = split_rows("notes", {"train": {"n": list(range(10))}}, ["n"])
     >>> found["test"]
     [{'n': 4}]
     """
@@ -290,9 +292,18 @@ def split_rows(
                 f"{name} has no column {missing[0]!r} in its split {part}, only {', '.join(names)}: "
                 "pass --text-column and --label-column, or text_column and label_column"
             )
-        parts[part] = [row for row in _rows(table)
-                       if not any(_blank(row[column]) for column in needed)]  # fmt: skip
-    parts = _split(name, parts, "rows")
+        parts[part] = _rows(table)
+    whole = {part: [row for row in rows if not any(_blank(row[column]) for column in needed)]
+             for part, rows in parts.items()}  # fmt: skip
+    total, left = (sum(map(len, found.values())) for found in (parts, whole))
+    if left < total:
+        warnings.warn(
+            f"{total - left} of {total} rows of {name} lack {' or '.join(map(repr, needed))} and are "
+            "left out",
+            DataWarning,
+            stacklevel=2,
+        )
+    parts = _split(name, whole, "rows")
     if empty := [part for part in PARTS if not parts[part]]:
         raise SourceUnavailable(f"{name} leaves no row for {', '.join(empty)}")
     return parts
@@ -308,7 +319,7 @@ def labelled(
     name, tables
         As in `split_texts`.
     text_column, label_column : str
-        Labels are texts or numbers. Rows in which either is missing are left out.
+        Labels are texts or numbers. Rows in which either is missing are left out, with a warning.
 
     Returns
     -------

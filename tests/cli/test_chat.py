@@ -1,6 +1,8 @@
 """A conversation, driven through a pipe, with a model at every stage."""
 
 import json
+import os
+import sys
 import warnings
 
 import pytest
@@ -128,6 +130,16 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(stages):
     chat(stages["float"], ["the road", "/reset", "the road"], show, notes.append, max_new_tokens=5)
     assert notes == ["interrupted"]
     assert "".join(heard_of).endswith(heard(stages["float"], ["the road"], max_new_tokens=5)[0])
+
+
+def test_at_a_terminal_each_line_is_asked_for(monkeypatch, capsys):
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        os.write(ours, b"the road\nto\n\x04")
+        assert list(cli._turns()) == ["the road", "to"]
+    os.close(ours)
+    assert capsys.readouterr().out == "> > > \n"
 
 
 def test_a_model_without_a_chat_template_is_named():

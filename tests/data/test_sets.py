@@ -20,7 +20,7 @@ from companion.data.sets import (
     read_tables,
     read_text,
 )
-from companion.errors import SourceUnavailable
+from companion.errors import DataWarning, SourceUnavailable
 from companion.evaluation.metrics import METRICS
 
 WORDS = ["a", "few", "plain", "words", "about", "nothing", "at", "all"]
@@ -313,7 +313,10 @@ def test_labels_are_texts_or_numbers_and_classes_are_sorted(tmp_path):
     for text, label in splits["train"] + splits["test"]:
         assert classes[label] == ["stop", "go", "wait"][int(text.split()[1]) % 3]
     assert classes_of(path, [10, 9, 2] * 20)[1] == ("2", "9", "10")
-    splits, classes = classes_of(path, [1, 0, None] * 20)  # which pandas reads as fractions
+    with pytest.warns(
+        DataWarning, match="^20 of 60 rows of .* lack 'text' or 'label' and are left out"
+    ):
+        splits, classes = classes_of(path, [1, 0, None] * 20)  # which pandas reads as fractions
     assert classes == ("0", "1")
     assert sum(map(len, splits.values())) == 40
     assert [len(splits[part]) for part in ("train", "validation", "test")] == [32, 4, 4]
