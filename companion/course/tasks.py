@@ -78,7 +78,8 @@ def load_task(name: str, **options) -> Task:
         made for, of chats SmolLM2's), or instead ``model``, a name whose tokenizer is loaded; for
         chats and classifications ``max_length`` (tokens of a row at most: a longer conversation is
         left out, with a warning, a longer text is cut); for chats of docstrings ``examples`` (to
-        train on) and ``held_out`` (to test on); for the names that need a network ``folder``, with files of the same columns.
+        train on) and ``held_out`` (to test on); for the names that need a network ``folder``, with
+        files of the same columns.
 
     Returns
     -------

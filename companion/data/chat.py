@@ -148,11 +148,11 @@ def encode_chat(messages: Messages, tokenizer) -> list[Row]:
     Returns
     -------
     list of dict of str to list of int
-        ``input_ids``, ``attention_mask`` and ``labels``: -100 where nothing is learned. An answer
-        is scored up to and including the token that ends its turn, so that a model learns to
-        stop. One row; or one for each answer, where the template writes earlier turns otherwise
-        than the last (Qwen3 drops their thoughts): then every answer is learned behind exactly
-        what a model reads before it gives it.
+        ``input_ids``, ``attention_mask`` where the tokenizer writes one, and ``labels``: -100
+        where nothing is learned. An answer is scored up to and including the token that ends its
+        turn, so that a model learns to stop. One row; or one for each answer, where the template
+        writes earlier turns otherwise than the last (Qwen3 drops their thoughts): then every
+        answer is learned behind exactly what a model reads before it gives it.
 
     Raises
     ------
@@ -195,7 +195,9 @@ def _encode(text: str, spans: Sequence[tuple[int, int]], tokenizer) -> Row:
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [token if any(start < last and end > first for first, last in spans) else IGNORED
               for token, (start, end) in zip(ids, offsets, strict=True)]  # fmt: skip
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    read = {name: encoded[name] for name in ("input_ids", "attention_mask")
+            if name in tokenizer.model_input_names}  # fmt: skip
+    return read | {"labels": labels}
 
 
 def render(messages: Messages, tokenizer, *, answer: bool = False) -> str:

@@ -256,6 +256,12 @@ def test_padding_is_neither_read_nor_learned():
     assert torch.equal(batch["document"], torch.arange(5))
 
 
+def test_a_tokenizer_that_writes_no_mask_needs_none():
+    tokenizer = with_template(LLAMA3, model_input_names=["input_ids"])
+    task = chat("chats", {part: talks(5) for part in PARTS}, tokenizer, "here")
+    assert set(next(iter(task.test))) == {"input_ids", "labels", "document"}
+
+
 def test_a_template_that_never_ends_a_turn_is_told():
     endless = LLAMA3.replace("<|eot|>", "\n")
     splits = dict.fromkeys(("train", "validation", "test"), talks(2))
