@@ -15,6 +15,7 @@ import json
 import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from companion.data.examples import Collator, Row, loaders_by_length
@@ -191,13 +192,26 @@ def _encode(text: str, spans: Sequence[tuple[int, int]], tokenizer) -> Row:
             f"{type(tokenizer).__name__} does not say where its tokens stand in a text, so answers "
             "cannot be told from questions: load it as a fast tokenizer (tokenizer.json)"
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    whole = _tokens(text, tokenizer)
+    # a token that spans prompt and answer is none that a model could read and then go on
+    cuts = [0, *(first for first, _ in spans), len(text)]
+    apart = [token for a, b in pairwise(cuts) for token in _tokens(text[a:b], tokenizer, a)]
+    ids, split = ([token for token, _, _ in found] for found in (whole, apart))
+    if ids != split and tokenizer.decode(ids) == tokenizer.decode(split):  # no space was added
+        ids, whole = split, apart
     labels = [token if any(start < last and end > first for first, last in spans) else IGNORED
-              for token, (start, end) in zip(ids, offsets, strict=True)]  # fmt: skip
-    read = {name: encoded[name] for name in ("input_ids", "attention_mask")
-            if name in tokenizer.model_input_names}  # fmt: skip
-    return read | {"labels": labels}
+              for token, start, end in whole]  # fmt: skip
+    mask = "attention_mask" in tokenizer.model_input_names
+    return {"input_ids": ids, "labels": labels} | (
+        {"attention_mask": [1] * len(ids)} if mask else {}
+    )
+
+
+def _tokens(text: str, tokenizer, start: int = 0) -> list[tuple[int, int, int]]:
+    """Tokens of a text that begins at `start` of a longer one, with beginning and end of each."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [(token, start + a, start + b) for token, (a, b) in
+            zip(found["input_ids"], found["offset_mapping"], strict=True)]  # fmt: skip
 
 
 def render(messages: Messages, tokenizer, *, answer: bool = False) -> str:

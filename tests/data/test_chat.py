@@ -6,6 +6,7 @@ import warnings
 import pandas
 import pytest
 import torch
+from tokenizers import processors
 
 from companion import load_task
 from companion.course.sources import load_tokenizer
@@ -47,6 +48,11 @@ def with_template(template: str, **special):
     tokenizer = tiny.byte_level(model_max_length=4000, bos_token="[CLS]", **special)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>", "<|eot|>"]})
     tokenizer.chat_template = template
+    begun = [("[CLS]", tokenizer.bos_token_id)]  # as Llama 3's, which begins a text by itself
+    tokenizer._tokenizer.post_processor = processors.Sequence([
+        processors.ByteLevel(trim_offsets=True),
+        processors.TemplateProcessing(single="[CLS] $A", special_tokens=begun),
+    ])  # fmt: skip
     return tokenizer
 
 
@@ -77,6 +83,35 @@ def test_every_answer_of_smollm2_is_scored_up_to_its_end():
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhere")
     assert text.endswith("The Emerald City.<|im_end|>\n")
     assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == "<|im_end|>"
+
+
+@pytest.mark.parametrize("said", ["\n", " a", "a ", "\n\n two  lines\n\n here \n", "<|end|>", ""])
+def test_white_space_of_an_answer_is_scored_and_what_stands_around_it_is_not(said):
+    talk = [TALK[0], {"role": "assistant", "content": said}] * 2
+    for tokenizer, end in (
+        (with_template(NO_SYSTEM), "<|eot|>"),
+        (load_tokenizer("smollm2"), "<|im_end|>"),
+    ):
+        (row,) = encode_chat(talk, tokenizer)
+        assert scored([row], tokenizer) == [[f"{said}{end}"] * 2]
+        prompt = tokenizer(render(talk[:1], tokenizer, answer=True), add_special_tokens=False)[
+            "input_ids"
+        ]
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert row["labels"][len(prompt)] != IGNORED
+        assert tokenizer.decode(row["input_ids"]) == render(talk, tokenizer)
+
+
+def test_a_tokenizer_that_begins_words_with_spaces_reads_the_text_unchanged():
+    tokenizer = tiny.word_pieces()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' if m.role == 'user' else '' }}{{ m.content }}"
+        "{{ '] ' if m.role == 'user' else '</s>' }}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "the road"}, {"role": "assistant", "content": "to a city"}]
+    (row,) = encode_chat(talk, tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == "[the road] to a city</s>"
+    assert scored([row], tokenizer) == [["to a city</s>"]]
 
 
 def test_a_template_that_begins_the_text_begins_it_once():
