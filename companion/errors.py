@@ -58,6 +58,10 @@ class DamagedFile(RuntimeError):
     """A saved model whose bytes are not those that were written."""
 
 
+class DataWarning(UserWarning):
+    """Something about the data that a result rests on; the command line shows it, too."""
+
+
 class MissingExtra(ImportError):
     """A package that only some rooms of this one need is not installed."""
 

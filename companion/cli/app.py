@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from companion.cli.doctor import checks
+from companion.errors import DataWarning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,11 +22,17 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(
     help="docs-lm, smollm2, a Hub id, a folder with a model, or a file from `companion export`.")]  # fmt: skip
 TaskName = Annotated[str, typer.Option("--task", help="A task of the course, or a text, JSON, CSV "
-                                       "or Parquet file of your own.")]  # fmt: skip
+                                       "or Parquet file of your own: texts, texts with labels, chats.")]  # fmt: skip
 BlockSize = Annotated[int | None, typer.Option(min=2, show_default="256, or what the model takes",
                       help="Tokens in a row, of language tasks.")]  # fmt: skip
+MaxLength = Annotated[int | None, typer.Option(min=1, show_default="1,024 of a chat, 128 of a text",
+                      help="Tokens of a row, of chats and classifications.")]  # fmt: skip
 TextColumn = Annotated[str | None, typer.Option(show_default="text",
                        help="The column of a file that holds the text.")]  # fmt: skip
+LabelColumn = Annotated[str | None, typer.Option(show_default="label",
+                        help="The column of a file that holds the class of each text.")]  # fmt: skip
+Kind = Annotated[str | None, typer.Option(show_default="what its columns say",
+                 help="What a file is: language, chat or classification.")]  # fmt: skip
 Encoding = Annotated[str | None, typer.Option(show_default="UTF-8, or what the file says",
                      help="Of a text file, such as latin-1.")]  # fmt: skip
 
@@ -44,10 +52,16 @@ show_traceback = False
 
 @contextmanager
 def one_line(command: str) -> Iterator[None]:
-    """Turn an error into one line on stderr and exit code 1."""
+    """Turn an error into one line on stderr and exit code 1, and a `DataWarning` into a line."""
+
+    def show(message: Warning | str, category: type[Warning], *place: object, **more: object):
+        typer.echo(f"{command}: {' '.join(str(message).split())}", err=True)
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("always", DataWarning)  # what a result rests on
+            warnings.showwarning = show
             yield
     except (RuntimeError, ValueError, OSError, ImportError) as error:  # ours are among them
         if show_traceback:
@@ -82,7 +96,10 @@ def finetune(
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Round embeddings, too.")] = False,
     block_size: BlockSize = None,
+    max_length: MaxLength = None,
     text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    kind: Kind = None,
     encoding: Encoding = None,
     out: Annotated[Path, typer.Option(help="Folder for the results and models.")] = Path("finetuned"),
 ) -> None:  # fmt: skip
@@ -99,6 +116,8 @@ def finetune(
       companion finetune docs-lm --task notes.txt --scheme W2-row --steps 200 --out notes
 
       companion finetune sentence-transformers/all-MiniLM-L6-v2 --task topics --method lsq
+
+      companion finetune smollm2 --task chat.jsonl --scheme W4 --method default --method lora
     """
     with one_line("finetune"):
         from companion.cli.finetune import RESULTS, report
@@ -108,7 +127,8 @@ def finetune(
         schemes = [parse_scheme(name) for name in scheme]
         table = run(model, task, schemes, method, folder=out, steps=steps, seeds=seeds, rates=lr,
                     batch_size=batch_size, embeddings=embeddings, block_size=block_size,
-                    text_column=text_column, encoding=encoding)  # fmt: skip
+                    max_length=max_length, text_column=text_column, label_column=label_column, kind=kind,
+                    encoding=encoding)  # fmt: skip
     typer.echo(report(table.attrs["runs"]))
     typer.echo(f"written to {out}: {RESULTS} and the quantized models")
 
@@ -118,7 +138,10 @@ def evaluate(
     model: Model = "docs-lm",
     task: TaskName = "language-reference",
     block_size: BlockSize = None,
+    max_length: MaxLength = None,
     text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    kind: Kind = None,
     encoding: Encoding = None,
 ) -> None:
     """Measure a model on the test split of a task, with its 95 % interval.
@@ -133,8 +156,9 @@ def evaluate(
         from companion.cli.stages import open_for, open_task, open_tokenizer
         from companion.evaluation.metrics import METRICS
 
-        data = open_task(task, open_tokenizer(model), block_size=block_size,
-                         text_column=text_column, encoding=encoding)  # fmt: skip
+        data = open_task(task, open_tokenizer(model), block_size=block_size, max_length=max_length,
+                         text_column=text_column, label_column=label_column, kind=kind,
+                         encoding=encoding)  # fmt: skip
         measured = METRICS[data.metric].measure(open_for(model, data), data)
     typer.echo(f"{data.metric}: {measured.scores.estimate()}")
     for name, estimate in measured.also.items():
@@ -200,6 +224,47 @@ def generate(
         run(model, prompt, lambda text: typer.echo(text, nl=False), max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed)  # fmt: skip
     typer.echo()
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: int = 0,
+) -> None:
+    """Talk with a chat model: each line is a turn, /reset begins anew, /quit ends.
+
+    Lines from a pipe are answered one after the other. Ctrl-C ends an answer, Ctrl-D the talk.
+
+    Examples:
+
+      companion chat smollm2
+
+      echo "What is the capital of France?" | companion chat finetuned/W4-g32-default
+    """
+    with one_line("chat"):
+        from companion.cli.chat import chat as run
+
+        run(model, _turns(), lambda text: typer.echo(text, nl=False),
+            lambda line: typer.echo(f"chat: {line}", err=True), system=system,
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)  # fmt: skip
+
+
+def _turns() -> Iterator[str]:
+    """What is typed, or comes from a pipe, line by line."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  arrow keys and a history for input()
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
 
 
 @app.command()

@@ -12,8 +12,8 @@ from statistics import median
 import torch
 from torch import nn
 
-from companion.cli.stages import longest
 from companion.errors import UnsupportedModel
+from companion.evaluation.generation import longest
 from companion.formats.onnx.model import OnnxModel
 
 PAUSE = 0.2

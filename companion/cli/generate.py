@@ -1,18 +1,19 @@
 """A language model goes on with a text, and the text is shown as it comes.
 
-Built in chapter 14.
+Built in chapter 14, and in the chapter on chat models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from companion.cli.stages import longest, open_language_model, open_tokenizer
+from companion.cli.stages import open_language_model, open_tokenizer
 from companion.course.sources import quiet_transformers
 from companion.data.text import start_token
+from companion.evaluation.generation import longest
 from companion.formats.onnx.model import OnnxModel
 
 UNFINISHED = (
@@ -121,23 +122,47 @@ def generate(
         )
     streamer, most = Streamer(tokenizer, show), int(min(max_new_tokens, room))
     show(prompt)
+    stream(model, ids, streamer, most, temperature, seed)
+
+
+def stream(
+    model: nn.Module, ids: Tensor, streamer: Streamer, tokens: int, temperature: float = 0.0,
+    seed: int = 0, ends: Sequence[int] = (),
+) -> None:  # fmt: skip
+    """Hand a prompt and each new token to a streamer, by the model's own generation settings.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A language model of transformers, or an `OnnxModel`.
+    ids : Tensor, int64, shape (1, length)
+    streamer : Streamer
+    tokens : int
+        New ones at most.
+    temperature : float
+        0 takes the likeliest token each time.
+    seed : int
+    ends : sequence of int
+        Tokens to end at; by default the model's own.
+    """
     if isinstance(model, OnnxModel):
         streamer.put(ids)
-        for token in model.generate(ids, max_new_tokens=most, temperature=temperature, seed=seed):
+        for token in model.generate(ids, max_new_tokens=tokens, temperature=temperature, seed=seed):
             streamer.put(torch.tensor([token]))
+            if token in ends:
+                break
         streamer.end()
-    else:
-        _generate(model, ids, streamer, most, temperature, seed)
-
-
-def _generate(
-    model: nn.Module, ids: Tensor, streamer: Streamer, tokens: int, temperature: float, seed: int
-) -> None:
-    """By transformers, with the model's own generation settings."""
-    draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return
+    choice = {"do_sample": False} if temperature == 0 else {
+        "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}  # fmt: skip
+    if ends:
+        choice["eos_token_id"] = list(ends)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=tokens,
-            **(draws if temperature > 0 else {"do_sample": False}),
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=streamer,
+            max_new_tokens=tokens,
+            **choice,
+        )

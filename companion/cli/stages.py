@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import filecmp
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from companion.course.tasks import load_task
 from companion.data.biencoder import BiEncoder
 from companion.data.task import Task
 from companion.errors import DamagedFile, MissingExtra, SourceUnavailable, UnsupportedModel
+from companion.evaluation.generation import longest
 from companion.formats.onnx.model import OnnxModel
 from companion.qat.saved import CONFIG, KEY, load_quantized
 
@@ -36,8 +36,6 @@ KINDS = {
     "embedding": "an encoder without a head",
     "module": "a model of no text",
 }
-SHIFTED = ("camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
-"""Architectures that count positions from the one behind the padding token."""
 
 
 def open_model(name: str, *, head: str | None = None, classes: int | None = None) -> nn.Module:
@@ -239,30 +237,6 @@ def open_language_model(name: str) -> nn.Module:
             f"{name} is {KINDS[kind_of(model)]}, and only a language model goes on with a text"
         )
     return model
-
-
-def longest(model: Any) -> float:
-    """Most tokens that a model takes; infinity where it does not say.
-
-    Parameters
-    ----------
-    model : nn.Module, PretrainedConfig or None
-
-    Examples
-    --------
-    >>> longest(open_model("docs-lm"))
-    256
-    """
-    if isinstance(model, OnnxModel):
-        return model.description.context or math.inf
-    config = getattr(model, "config", model)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    for key in ("max_position_embeddings", "max_seq_len", "seq_length"):
-        most = getattr(config, key, None)
-        if isinstance(most, int) and most > 0:
-            return most - (config.pad_token_id + 1 if config.model_type in SHIFTED else 0)
-    return math.inf
 
 
 def save_tokenizer(tokenizer, folder: str | Path) -> None:

@@ -45,7 +45,7 @@ PACKAGES = {
 MIN_CHARACTERS = 80
 NGRAM = 13  # words; the usual length for finding text that was seen in training
 TRAIN_SHARE = 0.65  # of the language reference's text
-FORMAT = 2  # raise when the rules below change, so that older caches are left aside
+FORMAT = 3  # raise when the rules below change, so that older caches are left aside
 HELD_OUT = {"test": range(0, 5), "validation": range(5, 7)}  # percent of the source files
 
 
@@ -58,8 +58,9 @@ class Corpus:
     train, validation, test : tuple of str
     versions : dict of str to str
         Packages read, with their versions.
-    packages : dict of str to tuple of str
-        For each split, the package that each document comes from; empty if not known.
+    packages, modules : dict of str to tuple of str
+        For each split, the package and the source file that each document comes from; empty if
+        not known.
 
     Examples
     --------
@@ -73,6 +74,7 @@ class Corpus:
     test: tuple[str, ...]
     versions: dict[str, str]
     packages: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    modules: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
@@ -128,8 +130,8 @@ def docstrings(packages: Iterable[str] = tuple(PACKAGES), progress: bool = True)
     if not path.exists():
         splits = _split(packages, progress)
         write_atomically(path, lambda partial: partial.write_text(json.dumps(splits)))
-    texts, origins = _read(path)
-    return Corpus(versions=versions, packages=origins, **texts)
+    texts, owners, files = _read(path)
+    return Corpus(versions=versions, packages=owners, modules=files, **texts)
 
 
 def language_reference() -> Corpus:
@@ -202,10 +204,31 @@ def ngrams(text: str, n: int = NGRAM) -> np.ndarray:
     return (windows * powers).sum(1, dtype=np.uint64)
 
 
-def _split(packages: list[str], progress: bool) -> dict[str, list[tuple[str, str]]]:
-    """Return pairs of a document and its package, for each split."""
+def any_in(grams: np.ndarray, read: np.ndarray) -> bool:
+    """Whether any of a few hashes occurs among many.
+
+    Parameters
+    ----------
+    grams : ndarray of uint64, shape (few,)
+        From `ngrams`.
+    read : ndarray of uint64, shape (many,)
+        Sorted.
+
+    Examples
+    --------
+    >>> any_in(ngrams("the road of yellow", 3), np.sort(ngrams("a road of yellow bricks", 3)))
+    True
+    """
+    if not len(grams):
+        return False
+    places = np.searchsorted(read, grams).clip(max=len(read) - 1)
+    return bool((read[places] == grams).any())
+
+
+def _split(packages: list[str], progress: bool) -> dict[str, list[tuple[str, str, str]]]:
+    """Return each document with its package and its source file, for each split."""
     reference = np.unique(np.concatenate([ngrams(text) for text in _topics().values()]))
-    splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[tuple[str, str, str]]] = {"train": [], "validation": [], "test": []}
     seen: set[str] = set()
     files = [(package, *file) for package in packages for file in _files(package)]
     for package, package_root, file in tqdm(
@@ -216,29 +239,21 @@ def _split(packages: list[str], progress: bool) -> dict[str, list[tuple[str, str
         part = next((part for part, places in HELD_OUT.items() if place in places), "train")
         for document in _docstrings(file):
             squeezed = " ".join(document.split())
-            if squeezed not in seen and not _found(ngrams(document), reference):
+            if squeezed not in seen and not any_in(ngrams(document), reference):
                 seen.add(squeezed)
-                splits[part].append((document, package))
-    read = np.unique(np.concatenate([ngrams(text) for text, _ in splits["train"]]))
+                splits[part].append((document, package, name))
+    read = np.unique(np.concatenate([ngrams(text) for text, *_ in splits["train"]]))
     for part in HELD_OUT:
-        splits[part] = [pair for pair in splits[part] if not _found(ngrams(pair[0]), read)]
+        splits[part] = [entry for entry in splits[part] if not any_in(ngrams(entry[0]), read)]
     return splits
 
 
 @lru_cache(maxsize=2)
-def _read(path: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-    """Documents and their packages, for each split; several tasks ask for them in one process."""
+def _read(path: Path) -> tuple[dict[str, tuple[str, ...]], ...]:
+    """Documents, packages and files of each split; several tasks ask for them in one process."""
     splits = json.loads(path.read_text())
-    return tuple({part: tuple(pair[i] for pair in pairs) for part, pairs in splits.items()}
-                 for i in (0, 1))  # fmt: skip
-
-
-def _found(grams: np.ndarray, read: np.ndarray) -> bool:
-    """Whether any of a few hashes occurs in a long sorted array."""
-    if not len(grams):
-        return False
-    places = np.searchsorted(read, grams).clip(max=len(read) - 1)
-    return bool((read[places] == grams).any())
+    return tuple({part: tuple(entry[i] for entry in entries) for part, entries in splits.items()}
+                 for i in range(3))  # fmt: skip
 
 
 def _files(package: str) -> Iterator[tuple[Path, Path]]:

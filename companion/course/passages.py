@@ -1,20 +1,23 @@
 """Examples whose labels real authors wrote, cut from the docstrings of installed packages.
 
 Each function returns plain Python values for the three splits of the corpus, which were made by
-source file: no text of a held-out file is trained on. Built in chapter 12.
+source file: no text of a held-out file is trained on. Those for chats split the files anew, since
+they hold out more. Built in chapter 12, and in the chapter on chat models.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from companion.course.corpus import Corpus, docstrings
+from companion.course.corpus import Corpus, any_in, docstrings, ngrams
 from companion.data.text import CHOICES, encode
 
 LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn", "sympy", "torch",
@@ -23,6 +26,19 @@ LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn", "s
 BODIES = 1000
 """Among so many bodies a summary line has to find its own."""
 PARTS = ("train", "validation", "test")
+SHARES = {"test": range(0, 16), "validation": range(16, 20)}
+"""Percent of the source files that chats hold out."""
+LONGEST = 600
+"""Characters of a body that a prompt shows; a docstring of half as many again is shown whole."""
+REPEATED, SHARED = 8, 13
+"""Words in a row by which examples are found to be nearly the same, and held-out ones known."""
+SUMMARIZE = "Write the summary line of this docstring."
+AS_JSON = (
+    'Read this docstring and answer with a JSON object that has the keys "summary", "parameters" and '
+    '"raises": its summary line, the names of its parameters and those of the errors it raises.'
+)
+KEYS = ("summary", "parameters", "raises")
+"""Keys of the answers of "docstring-json"."""
 _NAMES = re.compile(
     r"matplotlib|pyplot|\bplt\b|\bmpl|networkx|\bnx\b|numpy|\bnp\b|pandas|\bpd\b|scipy|"
     r"scikit-learn|scikit|sklearn|sympy|py ?torch|torch|hugging ?face|transformers",
@@ -64,6 +80,14 @@ class Question(NamedTuple):
 
     context: str
     choices: tuple[str, ...]
+
+
+class Instruction(NamedTuple):
+    """What is asked, what the author wrote, and the package that it comes from."""
+
+    prompt: str
+    completion: str
+    package: str
 
 
 @cache
@@ -266,6 +290,66 @@ def continuations(questions: int = 1000) -> dict[str, tuple[Question, ...]]:
     return parts
 
 
+@cache
+def instructed_summaries(
+    examples: int = 5000, held_out: int = 400
+) -> dict[str, tuple[Instruction, ...]]:
+    """Docstrings without their summary line, which is asked for.
+
+    Parameters
+    ----------
+    examples : int
+        To train on.
+    held_out : int
+        At most so many for test, and a quarter of that for validation.
+
+    Returns
+    -------
+    dict of str to tuple of Instruction
+        The prompt shows the beginning of the body, up to the end of a sentence or line. Split by
+        package and module; no thirteen words in a row of a held-out prompt and answer stand in
+        the training split, no example shares half of its text with those drawn before it, and no
+        two have the same answer.
+
+    Examples
+    --------
+    >>> test = instructed_summaries()["test"]
+    >>> len(test) >= 300, test[0].completion.endswith(".")
+    (True, True)
+    """
+    return _instructed(_summary_asked, examples, held_out)
+
+
+@cache
+def instructed_json(
+    examples: int = 5000, held_out: int = 400
+) -> dict[str, tuple[Instruction, ...]]:
+    """Docstrings in NumPy's style, with what they document as JSON.
+
+    Parameters
+    ----------
+    examples, held_out : int
+        As in `instructed_summaries`; there are fewer, about 3,000 to train on.
+
+    Returns
+    -------
+    dict of str to tuple of Instruction
+        The answer has the keys `KEYS`; a parser derived it from the prompt, and so can say
+        whether another answer is right. Split as by `instructed_summaries`.
+
+    References
+    ----------
+    numpydoc, "Style guide": sections Parameters and Raises.
+
+    Examples
+    --------
+    >>> test = instructed_json()["test"]
+    >>> len(test) >= 300, tuple(json.loads(test[0].completion)) == KEYS
+    (True, True)
+    """
+    return _instructed(_json_asked, examples, held_out)
+
+
 def _passage(document: str) -> str:
     """Twenty words without what names a library; a rule of = signs under a title is no word."""
     words = _NAMES.sub("library", document[:500]).split()
@@ -334,7 +418,109 @@ def _distinct(
     return parts
 
 
-def _drawn(examples: tuple, number: int) -> tuple:
+def _instructed(
+    make: Callable[[str], tuple[str, str] | None], examples: int, held_out: int
+) -> dict[str, tuple[Instruction, ...]]:
+    """Make a prompt and an answer of every docstring, split by module, nothing twice."""
+    corpus = docstrings(progress=False)
+    found: dict[str, list[Instruction]] = {part: [] for part in PARTS}
+    for part in PARTS:
+        for document, package, module in zip(
+            getattr(corpus, part), corpus.packages[part], corpus.modules[part], strict=True
+        ):
+            if (pair := make(document)) is not None:
+                found[_part(module)].append(Instruction(*pair, package))
+    kept = _apart({part: _drawn(found[part], len(found[part])) for part in ("train", *SHARES)})
+    read = np.unique(np.concatenate([ngrams(_told(e), SHARED) for e in kept["train"]]))
+    for part in SHARES:
+        kept[part] = [e for e in kept[part] if not any_in(ngrams(_told(e), SHARED), read)]
+    sizes = {"train": examples, "validation": held_out // 4, "test": held_out}
+    return {part: tuple(kept[part][:size]) for part, size in sizes.items()}
+
+
+def _part(module: str) -> str:
+    """The split of a source file; its path begins with its package."""
+    place = int(hashlib.sha256(f"chat {module}".encode()).hexdigest(), 16) % 100
+    return next((part for part, places in SHARES.items() if place in places), "train")
+
+
+def _told(example: Instruction) -> str:
+    """What an example tells, without what all are asked."""
+    _, _, text = example.prompt.partition("\n")
+    return f"{example.completion}\n{text}"
+
+
+def _apart(parts: Mapping[str, Iterable[Instruction]]) -> dict[str, list[Instruction]]:
+    """Leave out what shares half of its text with examples before it, or has the same answer."""
+    seen: set[int] = set()
+    answers: set[str] = set()
+    kept: dict[str, list[Instruction]] = {part: [] for part in parts}
+    for part, examples in parts.items():
+        for example in examples:
+            grams = ngrams(_told(example), REPEATED).tolist()
+            if example.completion not in answers and 2 * len(seen.intersection(grams)) < len(grams):
+                kept[part].append(example)
+                seen.update(grams)
+                answers.add(example.completion)
+    return kept
+
+
+def _summary_asked(document: str) -> tuple[str, str] | None:
+    """The body as a prompt, and the summary line: one sentence of 4 to 25 words."""
+    if (parts := _summary_and_body(document)) is None:
+        return None
+    summary, body = parts
+    body = _beginning(body)
+    if len(body.split()) < 15 or summary in body:
+        return None
+    return f"{SUMMARIZE}\n\n{body}", summary
+
+
+def _json_asked(document: str) -> tuple[str, str] | None:
+    """A whole docstring up to its last section that counts, and what it holds as JSON."""
+    if (parts := _summary_and_body(document)) is None:
+        return None
+    pieces = re.split(r"^(\w[\w ]+)\n-{3,}\s*$\n?", parts[1], flags=re.MULTILINE)
+    sections = dict(zip(pieces[1::2], pieces[2::2], strict=True))
+    shown = [f"{title}\n{'-' * len(title)}\n{sections[title].strip()}"
+             for title in ("Parameters", "Returns", "Raises") if title in sections]  # fmt: skip
+    prompt = "\n\n".join([AS_JSON, parts[0], *shown])
+    parameters, raises = (_names(sections.get(title, "")) for title in ("Parameters", "Raises"))
+    if (
+        not parameters
+        or None in (*parameters, *raises)
+        or len(prompt) > len(AS_JSON) + 1.5 * LONGEST
+    ):
+        return None
+    answer = dict(zip(KEYS, (parts[0], parameters, raises), strict=True))
+    return prompt, json.dumps(answer, ensure_ascii=False)
+
+
+def _summary_and_body(document: str) -> tuple[str, str] | None:
+    """A docstring whose first paragraph is one sentence of 4 to 25 words, taken apart."""
+    first, _, body = document.partition("\n\n")
+    summary = " ".join(first.split())
+    if not re.fullmatch(r"[A-Z][^:]*[^.:]\.", summary) or re.search(r"[.!?] [A-Z]", summary):
+        return None
+    return (summary, body.strip("\n")) if 4 <= len(summary.split()) <= 25 else None
+
+
+def _names(section: str) -> list[str | None]:
+    """Names that a section defines, as "x, y : int" does; None for a line that is no name."""
+    lines = [line for line in section.splitlines() if line and not line[0].isspace()]
+    names = [name.strip() for line in lines for name in re.split(r" ?:", line)[0].split(",")]
+    return [name if re.fullmatch(r"\*{0,2}\w[\w.]*", name) else None for name in names]
+
+
+def _beginning(text: str, most: int = LONGEST) -> str:
+    """So much of a text as fits, up to the end of a sentence or a line, and no bare heading."""
+    if len(text) > most:
+        ends = [end.end() for end in re.finditer(r"[.!?](?=\s)|\n(?![-=~]{3})", text[: most + 1])]
+        text = text[: ends[-1] if ends else 0]
+    return re.sub(r"\n+[^\n]+\n[-=~]{3,}\s*$", "", text).strip()
+
+
+def _drawn(examples: Sequence, number: int) -> tuple:
     """A fixed random choice."""
     order = np.random.RandomState(0).permutation(len(examples))[:number]
     return tuple(examples[row] for row in order)

@@ -1,6 +1,6 @@
 """Tasks by name, with fixed splits; nearly all are readable without a network.
 
-Built in chapters 2, 8 and 12.
+Built in chapters 2, 8 and 12, and in the chapter on chat models.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +21,24 @@ from companion.course.passages import (
     code_words,
     continuations,
     excerpts,
+    instructed_json,
+    instructed_summaries,
     reading,
     summaries,
     topics,
 )
-from companion.course.sources import MINILM, find, load_tokenizer
+from companion.course.sources import MINILM, SMOLLM2, find, load_tokenizer
+from companion.data.chat import chat, conversations, is_chat
 from companion.data.examples import choices, classification, retrieval, tagging
-from companion.data.sets import KNOWN, read_known, read_text
+from companion.data.sets import (
+    KNOWN,
+    columns,
+    labelled,
+    read_known,
+    read_tables,
+    split_rows,
+    split_texts,
+)
 from companion.data.task import Task
 from companion.data.text import block_length, blocks, loaders, start_token, windows
 
@@ -47,17 +58,28 @@ def load_task(name: str, **options) -> Task:
         id of a data set. Text: ``"topics"`` (which
         library does a docstring describe, names masked, few labels), ``"code-words"`` (which
         words did the author mark as code), ``"summaries"`` (which body belongs to a summary
-        line), ``"cloze"`` (which of four passages goes on). With a network: ``"sst2"``,
+        line), ``"cloze"`` (which of four passages goes on). Chats, of which the answers are
+        learned: ``"docstring-summaries"`` (write the summary line of a docstring),
+        ``"docstring-json"`` (say as JSON what it documents). With a network: ``"sst2"``,
         ``"ag_news"``, ``"wikitext-2"``, ``"stsb"``, ``"conll2003"``.
+
+        What a file, folder or Hub data set becomes goes by its columns: chats
+        (`companion.data.chat.conversations` lists them) become a chat task, unless a
+        ``text_column`` is asked for; a column ``label`` makes it a classification; all else is
+        text for language modelling. ``kind`` decides otherwise.
     **options
         ``batch_size``; for the digits ``labels_per_class``, training images of each class
         (None for all that are not held out); for language modelling ``tokenizer`` (default:
         docs-lm's) and ``block_size`` (256 tokens, or what the tokenizer's model takes), for
         docstrings ``documents`` (at most so many of each split), for excerpts ``tokens`` (to train
-        on) and ``draw`` (which documents these are), for files ``text_column`` and
-        ``encoding``, for Hub ids ``text_column`` and ``config``; for tasks
-        on text ``tokenizer`` (default: that of the model the task is made for); for the names
-        that need a network ``folder``, with files of the same columns.
+        on) and ``draw`` (which documents these are), for files ``encoding`` and for Hub ids
+        ``config``, for both ``text_column``, ``label_column`` and ``kind`` ("language", "chat" or
+        "classification"); for tasks on text ``tokenizer`` (default: that of the model the task is
+        made for, of chats SmolLM2's), or instead ``model``, a name whose tokenizer is loaded; for
+        chats and classifications ``max_length`` (tokens of a row at most: a longer conversation is
+        left out, with a warning, a longer text is cut); for chats of docstrings ``examples`` (to
+        train on) and ``held_out`` (to test on); for the names that need a network ``folder``, with
+        files of the same columns.
 
     Returns
     -------
@@ -66,7 +88,8 @@ def load_task(name: str, **options) -> Task:
     Raises
     ------
     ValueError
-        For an unknown name, with the known ones; for an option that the task does not have.
+        For an unknown name, with the known ones; for an option that the task does not have; for
+        data that cannot be read as what it is.
     SourceUnavailable
         If the data cannot be had.
 
@@ -82,13 +105,19 @@ def load_task(name: str, **options) -> Task:
     torch.Size([8, 256])
     """
     if name in TASKS or Path(name).exists() or "/" in name:
+        model = options.pop("model", None)
+        if model is not None:
+            if options.get("tokenizer") is not None:
+                raise ValueError("model and tokenizer both name a tokenizer: give one of them")
+            options["tokenizer"] = load_tokenizer(model)
         try:
             return TASKS.get(name, _data_set)(name, **options)
         except TypeError as error:
             found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if found is None or found[1] not in options:
                 raise
-            raise ValueError(f"task {name!r} has no option {found[1]!r}") from None
+            given = "model" if found[1] == "tokenizer" and model is not None else found[1]
+            raise ValueError(f"task {name!r} has no option {given!r}") from None
     raise ValueError(
         f"task {name!r} is unknown: choose one of {', '.join(TASKS)}, a file, or the Hub id of a "
         "data set (owner/name)"
@@ -146,6 +175,16 @@ def _summaries(name: str, tokenizer=None, batch_size: int = 16, **sizes) -> Task
                      _read_from(), batch_size=batch_size)  # fmt: skip
 
 
+def _docstring_chats(
+    name: str, tokenizer=None, examples: int = 5000, held_out: int = 400, **options
+) -> Task:
+    """Answer as the author of a docstring did, or would have to."""
+    made = {"docstring-summaries": instructed_summaries, "docstring-json": instructed_json}
+    splits = {part: conversations(example._asdict() for example in found)
+              for part, found in made[name](examples, held_out).items()}  # fmt: skip
+    return chat(name, splits, tokenizer or load_tokenizer(SMOLLM2), _read_from(), **options)
+
+
 def _cloze(name: str, tokenizer=None, questions: int = 1000, **options) -> Task:
     """Which of four ways to go on is the author's? Trained as a language model, on what docs-lm has read."""
     corpus = docstrings(progress=False)
@@ -196,12 +235,47 @@ def _announce_difference(corpus: Corpus) -> None:
 
 
 def _data_set(
-    name: str, text_column: str = "text", config: str | None = None, encoding: str | None = None,
+    name: str, kind: str | None = None, config: str | None = None, encoding: str | None = None,
     **options,
 ) -> Task:  # fmt: skip
-    """Documents of a file, a folder or a Hub data set."""
-    splits = read_text(name, text_column, config, encoding)
+    """A file, a folder or a Hub data set, as what its columns say that it is."""
+    tables = read_tables(name, config, encoding)
+    kind = kind or _kind(columns(tables["train"]), options)
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(KINDS)}")
+    return KINDS[kind](name, tables, **options)
+
+
+def _kind(names: Sequence[str], options: Mapping) -> str:
+    if "text_column" not in options and "label_column" not in options and is_chat(names):
+        return "chat"
+    labels = options.get("label_column", "label")
+    return "classification" if labels in names or "label_column" in options else "language"
+
+
+def _texts(name: str, tables: Mapping, text_column: str = "text", **options) -> Task:
+    splits = split_texts(name, tables, text_column)
     return _language_task(name, Corpus(versions={}, **splits), name, **options)
+
+
+def _chats(name: str, tables: Mapping, tokenizer=None, **options) -> Task:
+    splits = split_rows(name, tables)
+    chats = {part: conversations(rows) for part, rows in splits.items()}
+    return chat(name, chats, tokenizer or load_tokenizer(SMOLLM2), name, **options)
+
+
+def _labelled_texts(
+    name: str, tables: Mapping, text_column: str = "text", label_column: str = "label",
+    tokenizer=None, **options,
+) -> Task:  # fmt: skip
+    splits, classes = labelled(name, tables, text_column, label_column)
+    return classification(
+        name, splits, classes, tokenizer or load_tokenizer(MINILM), name, **options
+    )
+
+
+KINDS = {"language": _texts, "chat": _chats, "classification": _labelled_texts}
+"""What data of one's own may become."""
 
 
 def _language_task(
@@ -224,5 +298,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "code-words": _code_words,
     "summaries": _summaries,
     "cloze": _cloze,
+    "docstring-summaries": _docstring_chats,
+    "docstring-json": _docstring_chats,
     **dict.fromkeys(KNOWN, _known),
 }

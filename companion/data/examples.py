@@ -101,7 +101,7 @@ def classification(
                 for row, (_, label) in zip(encoded, examples, strict=True)]  # fmt: skip
 
     tokenizer = with_padding(tokenizer)
-    parts = _loaders(splits, rows, batch_size, Collator(tokenizer))
+    parts = loaders_by_length(splits, rows, batch_size, Collator(tokenizer))
     return Task(name, **parts, classes=tuple(classes), source=source, metric="accuracy")
 
 
@@ -135,7 +135,7 @@ def tagging(
             result.append(row | {"labels": labels})
         return result
 
-    parts = _loaders(splits, rows, batch_size, Collator(tokenizer))
+    parts = loaders_by_length(splits, rows, batch_size, Collator(tokenizer))
     return Task(name, **parts, classes=tuple(classes), source=source, metric="span F1")
 
 
@@ -167,8 +167,8 @@ def retrieval(
             for query, text, (asked, _) in zip(*sides, examples, strict=True)
         ]
 
-    parts = _loaders(splits, rows, batch_size, Collator(tokenizer, pairs=True),
-                     evaluation_batch=batch_size)  # fmt: skip
+    parts = loaders_by_length(splits, rows, batch_size, Collator(tokenizer, pairs=True),
+                              evaluation_batch=batch_size)  # fmt: skip
     return Task(name, **parts, classes=(), source=source, metric="recall@1")
 
 
@@ -231,11 +231,26 @@ def _length(row: Row) -> int:
     return max(len(value) for value in row.values() if isinstance(value, list))
 
 
-def _loaders(
+def loaders_by_length(
     splits: Mapping[str, Sequence], rows: Callable, batch_size: int, collate_fn: Callable,
     evaluation_batch: int = EVALUATION_BATCH,
 ) -> dict[str, DataLoader]:  # fmt: skip
-    """A loader of each split: shuffled by length to train on, sorted by length to measure on."""
+    """A loader of each split: shuffled by length to train on, sorted by length to measure on.
+
+    Parameters
+    ----------
+    splits : mapping of str to sequence
+        "train", "validation" and "test".
+    rows : callable
+        Turns the examples of a split into rows of token columns. A row to measure on that has no
+        ``document`` is one of its own.
+    batch_size : int
+        Rows to train on at a time.
+    collate_fn : callable
+        Such as `Collator`.
+    evaluation_batch : int
+        Rows to measure on at a time.
+    """
     with extra("language"):
         from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -247,7 +262,7 @@ def _loaders(
         order = {"sampler": LengthGroupedSampler(batch_size, lengths=lengths)}
     loaders = {"train": DataLoader(train, batch_size, collate_fn=collate_fn, **order)}
     for part, held_out in (("validation", validation), ("test", test)):
-        numbered = [row | {"document": number} for number, row in enumerate(held_out)]
+        numbered = [{"document": number} | row for number, row in enumerate(held_out)]
         numbered.sort(key=_length)
         loaders[part] = DataLoader(numbered, evaluation_batch, collate_fn=collate_fn)
     return loaders

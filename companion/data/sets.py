@@ -1,7 +1,7 @@
 """Data sets from files, read here, and from the Hub, through `datasets`; some are known by name.
 
 Files are read without `datasets`, which takes brackets in their names for patterns. Built in
-chapters 8 and 12.
+chapters 8 and 12, and in the chapter on chat models.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import re
 import reprlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from companion.errors import MissingExtra, SourceUnavailable, extra
+from companion.errors import DataWarning, MissingExtra, SourceUnavailable, extra
 
 FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 PARTS = ("train", "validation", "test")
@@ -141,6 +142,48 @@ def read_known(name: str, folder: str | Path | None = None) -> dict[str, list]:
     return examples
 
 
+def read_tables(
+    name: str, config: str | None = None, encoding: str | None = None
+) -> dict[str, Table]:
+    """Read the columns of a file, a folder or a Hub data set, for each split that it has.
+
+    Parameters
+    ----------
+    name : str
+        A file that ends as in `FILES`; a folder with such files named train, and validation and
+        test where there are any; or a Hub id. In a text file, empty lines set documents apart;
+        where there are none, each line is a document.
+    config : str, optional
+        Of a Hub data set.
+    encoding : str, optional
+        Of a file, as Python names it. Default: what its first bytes say, otherwise UTF-8.
+
+    Returns
+    -------
+    dict of str to mapping
+        Columns by name, for "train" and whatever other splits there are.
+
+    Raises
+    ------
+    ValueError
+        For a file of another kind or encoding.
+    SourceUnavailable
+        If it cannot be read, or has no training split.
+    """
+    path = Path(name)
+    if path.is_dir():
+        data = _from_folder(name, encoding)
+    elif path.exists():
+        data = {"train": _from_file(path, encoding)}
+    elif path.suffix.lower() in FILES or name.startswith((".", "/", "~")):
+        raise SourceUnavailable(f"there is no file {name}")
+    else:
+        data = _from_hub(name, config)
+    if "train" not in data:
+        raise SourceUnavailable(f"{name} has no split 'train', only {', '.join(data)}")
+    return {part: data[part] for part in PARTS if part in data}
+
+
 def read_text(
     name: str,
     text_column: str = "text",
@@ -151,16 +194,10 @@ def read_text(
 
     Parameters
     ----------
-    name : str
-        A file that ends as in `FILES`; a folder with such files named train, and validation and
-        test where there are any; or a Hub id. In a text file, empty lines set documents apart;
-        where there are none, each line is a document.
+    name, config, encoding
+        As in `read_tables`.
     text_column : str
         The column that holds the documents. What is empty in it is left out.
-    config : str, optional
-        Of a Hub data set.
-    encoding : str, optional
-        Of a file, as Python names it. Default: what its first bytes say, otherwise UTF-8.
 
     Returns
     -------
@@ -174,19 +211,53 @@ def read_text(
     SourceUnavailable
         If it cannot be read, is too short to split, or leaves a split empty.
     """
-    path = Path(name)
-    if path.is_dir():
-        data = _from_folder(name, encoding)
-    elif path.exists():
-        data = {"train": _from_file(path, encoding)}
-    elif path.suffix.lower() in FILES or name.startswith((".", "/", "~")):
-        raise SourceUnavailable(f"there is no file {name}")
-    else:
-        data = _from_hub(name, config)
-    if "train" not in data:
-        raise SourceUnavailable(f"{name} has no split 'train', only {', '.join(data)}")
-    parts = {part: _texts(name, data[part], text_column) for part in PARTS if part in data}
-    parts = _split(name, parts)
+    return split_texts(name, read_tables(name, config, encoding), text_column)
+
+
+def read_rows(
+    name: str, config: str | None = None, encoding: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Read rows from a file, a folder or a Hub data set; splits that are missing are cut off.
+
+    Parameters
+    ----------
+    name, config, encoding
+        As in `read_tables`.
+
+    Returns
+    -------
+    dict of str to list of dict
+        "train", "validation" and "test", cut as by `read_text`; a value that is missing is None.
+
+    Raises
+    ------
+    ValueError, SourceUnavailable
+        As `read_text`.
+    """
+    return split_rows(name, read_tables(name, config, encoding))
+
+
+def split_texts(
+    name: str, tables: Mapping[str, Table], text_column: str = "text"
+) -> dict[str, tuple[str, ...]]:
+    """Take the documents out of tables, and cut the splits that are missing off.
+
+    Parameters
+    ----------
+    name : str
+        What messages call them.
+    tables : mapping of str to mapping
+        From `read_tables`.
+    text_column : str
+
+    Examples
+    --------
+    >>> found = split_texts("notes", {"train": {"text": [f"line {i}" for i in range(10)]}})
+    >>> {part: len(texts) for part, texts in found.items()}
+    {'train': 8, 'validation': 1, 'test': 1}
+    """
+    parts = {part: _texts(name, table, text_column) for part, table in tables.items()}
+    parts = _split(name, parts, "documents")
     if empty := [part for part in PARTS if not parts[part]]:
         raise SourceUnavailable(
             f"{name} leaves no text for {', '.join(empty)}: column {text_column!r} is empty there"
@@ -194,14 +265,138 @@ def read_text(
     return {part: tuple(texts) for part, texts in parts.items()}
 
 
-def _split(name: str, parts: dict[str, list[str]]) -> dict[str, list[str]]:
+def split_rows(
+    name: str, tables: Mapping[str, Table], needed: Sequence[str] = ()
+) -> dict[str, list[dict[str, Any]]]:
+    """Take the rows out of tables, and cut the splits that are missing off.
+
+    Parameters
+    ----------
+    name, tables
+        As in `split_texts`.
+    needed : sequence of str
+        Columns in which nothing may be missing or blank; rows in which something is are left out,
+        and a `DataWarning` says how many.
+
+    Examples
+    --------
+    >>> found = split_rows("notes", {"train": {"n": list(range(10))}}, ["n"])
+    >>> found["test"]
+    [{'n': 4}]
+    """
+    parts = {}
+    for part, table in tables.items():
+        names = columns(table)
+        if missing := [column for column in needed if column not in names]:
+            raise ValueError(
+                f"{name} has no column {missing[0]!r} in its split {part}, only {', '.join(names)}: "
+                "pass --text-column and --label-column, or text_column and label_column"
+            )
+        parts[part] = _rows(table)
+    whole = {part: [row for row in rows if not any(_blank(row[column]) for column in needed)]
+             for part, rows in parts.items()}  # fmt: skip
+    total, left = (sum(map(len, found.values())) for found in (parts, whole))
+    if left < total:
+        warnings.warn(
+            f"{total - left} of {total} rows of {name} lack {' or '.join(map(repr, needed))} and are "
+            "left out",
+            DataWarning,
+            stacklevel=2,
+        )
+    parts = _split(name, whole, "rows")
+    if empty := [part for part in PARTS if not parts[part]]:
+        raise SourceUnavailable(f"{name} leaves no row for {', '.join(empty)}")
+    return parts
+
+
+def labelled(
+    name: str, tables: Mapping[str, Table], text_column: str = "text", label_column: str = "label"
+) -> tuple[dict[str, list[tuple[str, int]]], tuple[str, ...]]:
+    """Take texts and their labels out of tables, and number the classes.
+
+    Parameters
+    ----------
+    name, tables
+        As in `split_texts`.
+    text_column, label_column : str
+        Labels are texts or numbers. Rows in which either is missing are left out, with a warning.
+
+    Returns
+    -------
+    splits : dict of str to list of (str, int)
+        "train", "validation" and "test".
+    classes : tuple of str
+        What label 0, 1, ... mean: sorted, numbers by their size.
+
+    Raises
+    ------
+    ValueError
+        If a column is not there or holds something else, or there are fewer than two classes, or
+        the training split lacks one.
+
+    Examples
+    --------
+    >>> table = {"text": ["green", "red"] * 10, "label": ["go", "stop"] * 10}
+    >>> splits, classes = labelled("lights", {"train": table})
+    >>> classes, splits["test"]
+    (('go', 'stop'), [('green', 0), ('green', 0)])
+    """
+    splits = split_rows(name, tables, (text_column, label_column))
+    rows = [row for part in PARTS for row in splits[part]]
+    for column, kinds, wanted in ((text_column, str, "text"),
+                                  (label_column, (str, int, float), "text or a number")):  # fmt: skip
+        odd = next((row[column] for row in rows if not isinstance(row[column], kinds)), None)
+        if odd is not None:
+            raise ValueError(
+                f"column {column!r} of {name} holds {reprlib.repr(odd)}, which is not {wanted}: pass "
+                "--text-column and --label-column, or text_column and label_column"
+            )
+    found = {part: [_class(row[label_column]) for row in splits[part]] for part in PARTS}
+    classes = sorted(set(chain(*found.values())), key=_rank)
+    if len(classes) < 2:
+        raise ValueError(
+            f"column {label_column!r} of {name} holds one class only, {classes[0]!r}: give a file with "
+            "at least two, or read it as text with kind='language'"
+        )
+    if unseen := [label for label in classes if label not in found["train"]]:
+        raise ValueError(
+            f"no row of the training split of {name} has the label {unseen[0]!r}: give more rows of "
+            "each class, or files of your own named train, validation and test in a folder"
+        )
+    number = {label: place for place, label in enumerate(classes)}
+    pairs = {part: [(row[text_column], number[label]) for row, label in
+                    zip(splits[part], found[part], strict=True)] for part in PARTS}  # fmt: skip
+    return pairs, tuple(classes)
+
+
+def _blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _class(label: Any) -> str:
+    """1 and 1.0 are one class: a column of numbers in which one is missing is read as fractions."""
+    return str(int(label) if isinstance(label, float) and label.is_integer() else label)
+
+
+def _rank(label: str) -> tuple[bool, float, str]:
+    """Numbers by their size, and before texts."""
+    try:
+        return False, float(label), label
+    except ValueError:
+        return True, 0.0, label
+
+
+def _split(name: str, parts: dict[str, list], what: str) -> dict[str, list]:
     """Cut the splits that are missing off the training split, a tenth of it each."""
     missing = [part for part in PARTS if part not in parts]
     train = parts["train"]
     if missing and len(train) < FEWEST:
+        lines = (
+            ". In a text file, empty lines set documents apart, or line ends where there are no empty "
+            "lines" if what == "documents" else ""
+        )  # fmt: skip
         raise SourceUnavailable(
-            f"{name} holds fewer than {FEWEST} documents ({len(train)}): too few to split. In a text "
-            "file, empty lines set documents apart, or line ends where there are no empty lines"
+            f"{name} holds fewer than {FEWEST} {what} ({len(train)}): too few to split{lines}"
         )
     if len(missing) == 2:
         train, rest = _cut(train, 0.2)
@@ -226,12 +421,13 @@ def _cut(rows: Sequence, share: float) -> tuple[list, list]:
 
 def _texts(name: str, table: Table, column: str) -> list[str]:
     """The documents of a column, without those that are missing or blank."""
-    names = _columns(table)
+    names = columns(table)
     chats = [chat for chat in CHATS if chat in names]
     if chats and (column in chats or column not in names):
         raise ValueError(
-            f"{name} holds chats (column {chats[0]!r}), and a language task reads plain text: write "
-            "each chat into a column 'text', for instance with "
+            f"{name} holds chats (column {chats[0]!r}), and a language task reads plain text: leave "
+            "text_column and kind out to learn the answers, or write each chat into a column 'text', "
+            "for instance with "
             f"tokenizer.apply_chat_template({chats[0]}, tokenize=False)"
         )
     if column not in names:
@@ -251,12 +447,19 @@ def _texts(name: str, table: Table, column: str) -> list[str]:
     return [value for value in values if value.strip()]
 
 
-def _columns(table: Table) -> list[str]:
+def columns(table: Table) -> list[str]:
+    """Return the names of the columns of a table, as `read_tables` gives it.
+
+    Examples
+    --------
+    >>> columns({"text": [], "label": []})
+    ['text', 'label']
+    """
     return list(getattr(table, "column_names", table))
 
 
 def _rows(table: Table) -> list[dict[str, Any]]:
-    names = _columns(table)
+    names = columns(table)
     return [dict(zip(names, row, strict=True))
             for row in zip(*(table[name][:] for name in names), strict=True)]  # fmt: skip
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from companion.data.text import IGNORED
 from companion.errors import UnreadableBatch, UnsupportedModel
-from companion.evaluation.logits import put_off, token_losses
+from companion.evaluation.logits import put_off, token_divergences, token_losses
 from companion.numerics.rounding import HeldWeights, hold_weights
 
 BOOKKEEPING = ("labels", "document")
@@ -195,13 +195,63 @@ def losses(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, Tensor, Te
     held = HeldWeights()
     for batch in loader:
         with evaluating(model), hold_weights(held):
-            logits = _logits(model, put_off(model, partial(run, model, batch)))
-            labels = labels_of(batch).to(logits.device)
-            if labels.dim() == 2 and logits.dim() == 3 and _predicts_the_next(model):
-                labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            check_fit(model, logits, labels)
+            logits, labels = _put_off(model, batch)
             found = token_losses(logits, labels)
         yield batch, found, labels
+
+
+def divergences(
+    original: nn.Module, model: nn.Module, loader: Iterable
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Yield each batch with KL(original || model) of each of its tokens (or rows), and its labels.
+
+    Parameters
+    ----------
+    original, model : nn.Module
+        With the same classes, or the same vocabulary.
+    loader
+        As in `losses`; read once.
+
+    Yields
+    ------
+    batch, divergences, labels
+        As by `losses`.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the two do not score the same words, or do not fit the labels.
+
+    Examples
+    --------
+    >>> model = nn.Embedding.from_pretrained(torch.eye(3))
+    >>> tokens = torch.tensor([[0, 1, 1]])
+    >>> [(_, found, _)] = divergences(model, model, [(tokens, tokens)])
+    >>> found
+    tensor([[0., 0., 0.]])
+    """
+    held, other_held = HeldWeights(), HeldWeights()
+    for batch in loader:
+        with evaluating(original), hold_weights(held):
+            logits, labels = _put_off(original, batch)
+        with evaluating(model), hold_weights(other_held):
+            others, _ = _put_off(model, batch)
+        if logits.shape != others.shape:
+            raise UnsupportedModel(
+                f"the original scores {logits.shape[-1]} words and the model {others.shape[-1]}: "
+                "compare a model with the one that it was made of"
+            )
+        yield batch, token_divergences(logits, others, labels), labels
+
+
+def _put_off(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Logits, which may be lazy, and the labels that each place is judged by."""
+    logits = _logits(model, put_off(model, partial(run, model, batch)))
+    labels = labels_of(batch).to(logits.device)
+    if labels.dim() == 2 and logits.dim() == 3 and _predicts_the_next(model):
+        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    check_fit(model, logits, labels)
+    return logits, labels
 
 
 def device_of(model: nn.Module) -> torch.device:

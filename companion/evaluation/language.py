@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from companion.data.text import IGNORED
 from companion.evaluation.estimates import TAILS, Estimate, Scores, summed
@@ -73,14 +73,26 @@ def document_losses(model: nn.Module, loader: Iterable) -> DocumentLosses:
     UnreadableBatch
         If the model does not take what the batches hold.
     """
-    sums = summed(_by_row(model, loader))
+    sums = summed(by_row(losses(model, loader)))
     return DocumentLosses(sums.total, sums.weight)
 
 
-def _by_row(model: nn.Module, loader: Iterable) -> Iterator[tuple[Any, float, int]]:
-    """Document, summed loss and number of scored tokens of each row."""
+def by_row(
+    measured: Iterable[tuple[Any, Tensor, Tensor]],
+) -> Iterator[tuple[Any, float, int]]:
+    """Add up what was measured of each token, row by row.
+
+    Parameters
+    ----------
+    measured : iterable of (batch, values, labels)
+        As from `companion.evaluation.forward.losses`.
+
+    Yields
+    ------
+    document, total, scored tokens
+    """
     rows = 0
-    for batch, found, labels in losses(model, loader):
+    for batch, found, labels in measured:
         yield from zip(
             rows_of(batch, labels, rows),
             found.reshape(len(labels), -1).cpu().double().sum(1).tolist(),

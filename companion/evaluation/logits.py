@@ -200,12 +200,41 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     >>> token_losses(torch.zeros(2, 2), torch.tensor([1, -100]))
     tensor([0.6931, 0.0000])
     """
-    losses = torch.zeros(labels.numel(), device=logits.device)
-    flat, lazy = labels.flatten(), isinstance(logits, LazyLogits)
+    losses, flat = torch.zeros(labels.numel(), device=logits.device), labels.flatten()
     for index in pieces((flat != IGNORED).nonzero()[:, 0], logits.shape[-1]):
-        rows = logits.rows(index) if lazy else logits.flatten(0, -2)[index]
+        rows = rows_at(logits, index)
         losses[index] = F.cross_entropy(rows.float(), flat[index], reduction="none")
     return losses.view(labels.shape)
+
+
+@torch.no_grad()
+def token_divergences(logits: Tensor, others: Tensor, labels: Tensor) -> Tensor:
+    """KL(p || q) of each prediction in float32, piece by piece; 0 where the label is -100.
+
+    Parameters
+    ----------
+    logits, others : Tensor or LazyLogits, shape (..., classes)
+        Of p and of q.
+    labels : Tensor of int64, shape (...)
+
+    Examples
+    --------
+    >>> p, q = torch.tensor([[0.0, 0.0]] * 2), torch.tensor([[0.0, 1.0]] * 2)
+    >>> token_divergences(p, q, torch.tensor([1, -100]))
+    tensor([0.1201, 0.0000])
+    """
+    found, flat = torch.zeros(labels.numel(), device=logits.device), labels.flatten()
+    for index in pieces((flat != IGNORED).nonzero()[:, 0], logits.shape[-1]):
+        p = rows_at(logits, index).float().log_softmax(-1)
+        q = rows_at(others, index.to(others.device)).to(p).log_softmax(-1)
+        found[index] = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    return found.view(labels.shape)
+
+
+def rows_at(logits: Tensor, index: Tensor) -> Tensor:
+    """Return the logits of some predictions, counted through all leading dimensions."""
+    lazy = isinstance(logits, LazyLogits)
+    return logits.rows(index) if lazy else logits.flatten(0, -2)[index]
 
 
 class _Watched(Tensor):

@@ -234,7 +234,10 @@ def test_a_task_of_the_wrong_kind_is_named(folder, encoder):
         ("a.csv", b"text,n\n1,2\n", [], "is no text"),
         ("a.csv", b"body\na\n", [], "pass --text-column or text_column, one of body"),
         ("a [1].txt", b"one\n\ntwo", [], "fewer than 10"),
-        ("a.jsonl", b'{"messages": []}', [], "holds chats"),
+        ("a.jsonl", b'{"messages": []}', [], "fewer than 10 rows"),
+        ("a.jsonl", b'{"messages": []}', ["--kind", "language"], "holds chats"),
+        ("a.csv", b"text,label\n" + b"a,0\nb,0\n" * 9, [], "one class only, '0'"),
+        ("a.csv", b"text,n\n" + b"a,0\n" * 9, ["--label-column", "m"], "no column 'm'"),
         ("a.bin", b"abc", [], "must end in .txt"),
         ("a.txt", b"a word\n" * 30, ["--block-size", "65"], "can be at most 64"),
         ("a.txt", b"a word\n" * 30, ["--encoding", "klingon"], "encoding 'klingon' is unknown"),
@@ -244,6 +247,18 @@ def test_a_file_that_cannot_be_used_gives_one_line(folder, tmp_path, name, conte
     (tmp_path / name).write_bytes(content)
     for command in ("finetune", "evaluate"):
         fail(command, folder / "model", "--task", tmp_path / name, *options, says=says)
+
+
+def test_texts_with_labels_of_ones_own_go_the_whole_way(folder, encoder, tmp_path):
+    rows = "\n".join(f"{text},{('go', 'stop')[i % 2]}" for i, text in enumerate(tiny.TEXTS * 2))
+    (tmp_path / "a.csv").write_text(f"body,mood\n{rows}")
+    options = ["--task", tmp_path / "a.csv", "--text-column", "body", "--label-column", "mood"]
+    for model in (encoder, folder / "model"):
+        out = tmp_path / model.name
+        table = run("finetune", model, *options, "--scheme", "W4", "--method", "absmax", "--steps", 1,
+                    "--out", out)  # fmt: skip
+        assert "accuracy (higher is better), 1 step" in table
+        assert run("evaluate", out / "W4-g32-absmax", *options).startswith("accuracy: ")
 
 
 def test_encoding_and_column_are_options(folder, tmp_path):

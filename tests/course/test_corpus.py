@@ -22,7 +22,7 @@ def test_no_thirteen_words_are_shared_across_splits_or_with_the_pre_training_tex
         for j, second in enumerate(parts[:i]):
             if {i, j} != {1, 2}:  # the two held-out splits of the docstrings are never trained on
                 few, many = sorted((first, second), key=len)
-                assert not corpus._found(few, many), (i, j)
+                assert not corpus.any_in(few, many), (i, j)
 
 
 def test_the_whole_corpus_is_what_the_course_says(whole):

@@ -1,12 +1,13 @@
 """Examples from docstrings: what they hold, and that nothing held out was read in training."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 
 from companion.course import passages
-from companion.course.corpus import _found, docstrings, ngrams
+from companion.course.corpus import PACKAGES, any_in, docstrings, ngrams
 from companion.course.passages import _cut, _pair, _passage, _tagged, _without_marks
 
 PARTS = ("train", "validation", "test")
@@ -39,13 +40,13 @@ def test_no_thirteen_words_of_a_held_out_text_were_ever_trained_on(name, read):
     asked = [text for text in texts(name, "test") if not text.startswith(" ")]  # with a summary
     assert len(asked) > 300
     for text in asked:
-        assert not _found(ngrams(text), read), text
+        assert not any_in(ngrams(text), read), text
 
 
 @pytest.mark.parametrize("name", ["topics", "code_words"])
 def test_no_thirteen_words_of_a_held_out_text_stand_in_its_training_split(name):
     read = np.unique(np.concatenate([ngrams(text) for text in texts(name, "train")]))
-    assert not any(_found(ngrams(text), read) for text in texts(name, "test"))
+    assert not any(any_in(ngrams(text), read) for text in texts(name, "test"))
 
 
 def test_topics_hide_the_names():
@@ -117,3 +118,123 @@ def test_continuations_are_of_the_same_package():
         assert len(set(question.choices)) == 4
         common = set.intersection(*(owners[choice] for choice in question.choices))
         assert common
+
+
+INSTRUCTED = {
+    "instructed_summaries": passages.instructed_summaries,
+    "instructed_json": passages.instructed_json,
+}
+
+
+def told(example) -> str:
+    return f"{example.completion}\n" + example.prompt.partition("\n")[2]
+
+
+@pytest.mark.parametrize("name", INSTRUCTED)
+def test_instructions_are_enough_and_of_files_of_their_own(name):
+    found = INSTRUCTED[name](10**6, 10**6)
+    assert len(found["train"]) >= {"instructed_summaries": 5000, "instructed_json": 2000}[name]
+    assert len(found["test"]) >= 300
+    assert len(found["validation"]) >= 100
+    assert [len(INSTRUCTED[name](50, 40)[part]) for part in PARTS] == [50, 10, 40]
+    corpus, files = docstrings(progress=False), {}
+    for part in PARTS:
+        for document, file in zip(getattr(corpus, part), corpus.modules[part], strict=True):
+            files.setdefault(" ".join(document.partition("\n\n")[0].split()), set()).add(file)
+    assert all(
+        file.partition("/")[0] in PACKAGES for part in PARTS for file in corpus.modules[part]
+    )
+    owned = {part: {passages._part(f) for e in found[part] for f in files[summary(e)]
+                    if len(files[summary(e)]) == 1} for part in PARTS}  # fmt: skip
+    assert owned == {part: {part} for part in PARTS}
+
+
+def summary(example) -> str:
+    if example.completion.startswith("{"):
+        return json.loads(example.completion)["summary"]
+    return example.completion
+
+
+@pytest.mark.parametrize("name", INSTRUCTED)
+def test_no_instruction_is_seen_twice(name):
+    found = INSTRUCTED[name]()
+    answers = [example.completion for part in PARTS for example in found[part]]
+    read = np.unique(np.concatenate([ngrams(told(e)) for e in found["train"]]))
+    for part in ("validation", "test"):
+        assert not any(any_in(ngrams(told(example)), read) for example in found[part])
+    assert len(set(answers)) == len(answers)
+    seen: set[int] = set()
+    for example in found["train"] + found["test"]:
+        grams = ngrams(told(example), 8).tolist()
+        assert 2 * len(seen.intersection(grams)) < len(grams)
+        seen.update(grams)
+
+
+def test_a_summary_is_asked_for_behind_its_body():
+    body = " ".join(f"word{i} is." for i in range(100))
+    prompt, answer = passages._summary_asked(f"Do a thing\nwith it.\n\n{body}")
+    assert answer == "Do a thing with it."
+    assert prompt.startswith("Write the summary line of this docstring.\n\nword0 is.")
+    assert prompt.endswith(" is.")
+    assert len(prompt) < 660
+    for other in ("Do it.", "do a thing with it.", "Do a thing with: it.", "Do this. Then do that.",
+                  "Do a thing with it", "Do a thing with it..", ">>> do a thing."):  # fmt: skip
+        assert passages._summary_asked(f"{other}\n\n{body}") is None, other
+    assert passages._summary_asked("Do a thing with it.\n\nToo short.") is None
+    assert passages._summary_asked(f"Do a thing with it.\n\nDo a thing with it. {body}") is None
+
+
+def test_a_beginning_ends_with_a_sentence_or_a_line_and_no_heading():
+    assert passages._beginning("One. Two. Three.", 12) == "One. Two."
+    assert passages._beginning("a line\nanother line", 12) == "a line"
+    assert passages._beginning("whole", 12) == "whole"
+    assert passages._beginning("One.\n\nNotes\n-----\nIt is so.", 16) == "One."
+    assert passages._beginning("one word without an end", 12) == ""
+
+
+DOCUMENTED = """Do a thing with it.
+
+More about it, which is not asked.
+
+Parameters
+----------
+x, y : array
+    What: it is.
+*args
+    More.
+axis : int, optional
+
+Returns
+-------
+float
+    The value.
+
+Raises
+------
+ValueError
+    If it is not.
+numpy.linalg.LinAlgError
+
+Notes
+-----
+None.
+"""
+
+
+def test_json_says_what_a_docstring_documents():
+    prompt, answer = passages._json_asked(DOCUMENTED)
+    assert json.loads(answer) == {
+        "summary": "Do a thing with it.",
+        "parameters": ["x", "y", "*args", "axis"],
+        "raises": ["ValueError", "numpy.linalg.LinAlgError"],
+    }
+    assert prompt.endswith("If it is not.\nnumpy.linalg.LinAlgError")
+    assert "not asked" not in prompt
+    assert "The value." in prompt
+    assert passages._json_asked(DOCUMENTED.replace("Parameters", "Attributes")) is None
+    assert passages._json_asked(DOCUMENTED.replace("*args\n", "any more\n")) is None
+    assert passages._json_asked(DOCUMENTED.replace("More.", "More. " * 200)) is None
+    for part in PARTS:
+        for example in passages.instructed_json()[part]:
+            asked = json.loads(example.completion)
+            assert all(name in example.prompt for name in (asked["summary"], *asked["parameters"]))

@@ -131,3 +131,69 @@ def test_cloze_trains_on_what_docs_lm_has_read():
     tokenizer, read = load_tokenizer(), docstrings(progress=False).train
     text = tokenizer.decode(task.train.dataset[0]["input_ids"])
     assert any(document[:60] in text for document in read[::9])
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """A file that could be read in two ways."""
+    rows = [{"text": f"It is {('bad', 'good')[i % 2]}. {text}", "label": ("bad", "good")[i % 2]}
+            for i, text in enumerate(PARAGRAPHS * 2)]  # fmt: skip
+    path = tmp_path / "reviews.csv"
+    pandas.DataFrame(rows).to_csv(path, index=False)
+    return str(path)
+
+
+def test_texts_with_labels_become_a_classification(reviews):
+    task = load_task(reviews, batch_size=4, model="docs-lm")
+    assert (task.metric, task.classes) == ("accuracy", ("bad", "good"))
+    batch, tokenizer = next(iter(task.train)), load_tokenizer()
+    assert batch["labels"].shape == (4,)
+    for ids, label in zip(batch["input_ids"], batch["labels"], strict=True):
+        assert tokenizer.decode(ids).count(task.classes[label]) == 1
+    assert load_task(reviews).train.dataset[0]["input_ids"][0] == 101  # MiniLM's by default
+    assert next(iter(load_task(reviews, max_length=7).test))["input_ids"].shape[1] == 7
+
+
+def test_what_a_file_is_can_be_asked_for(reviews):
+    plain = load_task(reviews, kind="language", block_size=16)
+    assert (plain.metric, plain.classes) == ("loss", ())
+    renamed = pandas.read_csv(reviews).rename(columns={"text": "body", "label": "mood"})
+    renamed.assign(prompt="a", completion="b").to_csv(reviews, index=False)
+    asked = {"text_column": "body", "label_column": "mood"}
+    assert load_task(reviews, **asked).classes == ("bad", "good")
+    assert load_task(reviews, text_column="body", block_size=16).metric == "loss"
+    answers = load_task(reviews).train.dataset[0]["labels"]
+    assert sum(label != IGNORED for label in answers) == 2  # "b", and the end of the turn
+    for options, remedy in (
+        ({"kind": "poem"}, "kind 'poem' is unknown: choose one of language, chat, classification"),
+        ({"kind": "chat", "text_column": "body"}, "has no option 'text_column'"),
+        (
+            {"kind": "language", "text_column": "body", "label_column": "mood"},
+            "no option 'label_column'",
+        ),
+        ({"kind": "chat", "block_size": 8}, "has no option 'block_size'"),
+        ({"label_column": "no"}, "no column 'text'"),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            load_task(reviews, **options)
+
+
+def test_a_model_names_its_tokenizer():
+    task = load_task("topics", model="docs-lm")
+    text = load_tokenizer("docs-lm").decode(task.test.dataset[0]["input_ids"])
+    assert "library" in text or "matplotlib" not in text
+    assert task.test.dataset[0]["input_ids"] != load_task("topics").test.dataset[0]["input_ids"]
+    with pytest.raises(ValueError, match="give one of them"):
+        load_task("topics", model="docs-lm", tokenizer=load_tokenizer())
+    with pytest.raises(ValueError, match="has no option 'model'"):
+        load_task("digits-5-9", model="docs-lm")
+
+
+@pytest.mark.parametrize("name", ["docstring-summaries", "docstring-json"])
+def test_chats_of_docstrings_are_tasks(name):
+    task = load_task(name, examples=20)
+    assert (task.metric, task.name) == ("loss", name)
+    assert "torch" in task.source
+    assert len(task.train.dataset) == 20
+    assert len(task.test.dataset) >= 300
+    assert max(len(row["input_ids"]) for row in task.test.dataset) <= 1024

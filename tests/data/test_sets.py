@@ -11,8 +11,16 @@ from datasets.exceptions import DatasetGenerationError
 
 from companion import fit, load_pretrained, load_task
 from companion.course.sources import MINILM
-from companion.data.sets import KNOWN, NER, read_known, read_text
-from companion.errors import SourceUnavailable
+from companion.data.sets import (
+    KNOWN,
+    NER,
+    labelled,
+    read_known,
+    read_rows,
+    read_tables,
+    read_text,
+)
+from companion.errors import DataWarning, SourceUnavailable
 from companion.evaluation.metrics import METRICS
 
 WORDS = ["a", "few", "plain", "words", "about", "nothing", "at", "all"]
@@ -273,3 +281,64 @@ def test_without_a_network_the_hub_is_given_up_at_once():
     with pytest.raises(SourceUnavailable, match="nobody/nothing could not be read"):
         read_text("nobody/nothing")
     assert time.perf_counter() - start < 5  # its own client asks for 23 seconds
+
+
+def test_rows_are_split_as_texts_are(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": t, "n": i}) for i, t in enumerate(DOCUMENTS)))
+    rows, texts = read_rows(str(path)), read_text(str(path))
+    assert {part: tuple(row["text"] for row in rows[part]) for part in rows} == texts
+    assert rows["test"][0] == {"text": DOCUMENTS[rows["test"][0]["n"]], "n": rows["test"][0]["n"]}
+    path.write_text('{"text": "a"}\n{"n": 1}')
+    with pytest.raises(SourceUnavailable, match=r"fewer than 10 rows \(2\): too few to split$"):
+        read_rows(str(path))
+    (tmp_path / "a").mkdir()
+    for part, content in (("train", "text\na\n"), ("validation", "text\na\n"), ("test", "text\n")):
+        (tmp_path / "a" / f"{part}.csv").write_text(content)
+    with pytest.raises(SourceUnavailable, match="leaves no row for test"):
+        read_rows(str(tmp_path / "a"))
+
+
+def classes_of(path, labels, **options):
+    pandas.DataFrame({"text": [f"text {i}" for i in range(len(labels))], "label": labels}).to_csv(
+        path
+    )
+    return labelled(str(path), read_tables(str(path)), **options)
+
+
+def test_labels_are_texts_or_numbers_and_classes_are_sorted(tmp_path):
+    path = tmp_path / "a.csv"
+    splits, classes = classes_of(path, ["stop", "go", "wait"] * 20)
+    assert classes == ("go", "stop", "wait")
+    for text, label in splits["train"] + splits["test"]:
+        assert classes[label] == ["stop", "go", "wait"][int(text.split()[1]) % 3]
+    assert classes_of(path, [10, 9, 2] * 20)[1] == ("2", "9", "10")
+    with pytest.warns(
+        DataWarning, match="^20 of 60 rows of .* lack 'text' or 'label' and are left out"
+    ):
+        splits, classes = classes_of(path, [1, 0, None] * 20)  # which pandas reads as fractions
+    assert classes == ("0", "1")
+    assert sum(map(len, splits.values())) == 40
+    assert [len(splits[part]) for part in ("train", "validation", "test")] == [32, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "remedy"),
+    [
+        (["a"] * 20, {}, "one class only, 'a'"),
+        (["a"] * 19 + ["b", "c", "d", "e", "f"], {}, "no row of the training split"),
+        (["a", "b"] * 9, {"label_column": "kind"}, "no column 'kind'"),
+        (["a", "b"] * 9, {"text_column": "body"}, "no column 'body'"),
+        (["a", "b"] * 9, {"text_column": "Unnamed: 0"}, "holds 0, which is not text"),
+    ],
+)
+def test_labels_that_cannot_be_learned_say_why(tmp_path, labels, options, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        classes_of(tmp_path / "a.csv", labels, **options)
+
+
+def test_lists_are_no_labels(tmp_path):
+    rows = [{"text": "a", "label": [0, 1]}] * 20
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="which is not text or a number"):
+        labelled("a.json", read_tables(str(tmp_path / "a.json")))
