@@ -40,6 +40,7 @@ def provenance(**settings) -> dict:
     """
     said = iter(sys.argv[1:])  # folders of this machine say nothing to others
     words = [word for word in said if word not in PLACES or not next(said, "")]
+    words = [word for word in words if word != "--merge"]  # the runs were made without it
     return {
         "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
         "settings": settings,
