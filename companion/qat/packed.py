@@ -6,6 +6,7 @@ Built in chapter 10.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from companion.errors import WrongStage
+import companion  # its face knows how a model is saved; the formats stand above
 from companion.numerics.activations import activation_grid, fake_quantize_activations
 from companion.numerics.packing import pack, unpack
 from companion.numerics.scheme import QuantScheme
@@ -333,26 +334,80 @@ def _host_memory() -> tuple[int, int]:
     return free, total
 
 
-def refuse_save_pretrained(model: nn.Module) -> None:
-    """Make `save_pretrained`, and so every checkpoint of HF's Trainer, say how to save instead.
+class SavePretrained:
+    """What stands in the place of a converted model's `save_pretrained`: it writes the integers.
+
+    HF's Trainer calls it for its checkpoints, and `push_to_hub` for what it uploads.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Converted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        token: str | bool | None = None,
+        **more: Any,
+    ) -> None:
+        """Write what `from_pretrained` opens; arguments as in transformers."""
+        upload = ("repo_id", "commit_message", "private", "create_pr", "revision", "tags")
+        given = {key: value for key, value in more.items() if value is not None}
+        upload = {key: given.pop(key) for key in upload if key in given}
+        for harmless in ("save_peft_format", "save_original_format"):
+            given.pop(harmless, None)
+        if any(given.values()):
+            raise ValueError(
+                f"save_pretrained() of a converted model takes no {next(iter(given))}: leave it out"
+            )
+        if not is_main_process:
+            return
+        companion.save_quantized(
+            self.model, save_directory, max_shard_size=max_shard_size, state=state_dict
+        )
+        if push_to_hub:
+            name = upload.pop("repo_id", Path(save_directory).name)
+            self.model.push_to_hub(name, token=token, max_shard_size=max_shard_size, **upload)
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether a model is one of transformers'; nothing is imported to find out.
+
+    Examples
+    --------
+    >>> is_pretrained(nn.Linear(2, 2))
+    False
+    """
+    bases = ((base.__module__.partition(".")[0], base.__name__) for base in type(model).__mro__)
+    return ("transformers", "PreTrainedModel") in bases
+
+
+def attach_save_pretrained(model: nn.Module) -> None:
+    """Let the `save_pretrained` of a converted model, and of parts of it, write the integers.
 
     Parameters
     ----------
     model : nn.Module
-        Converted. What it holds of transformers would write a file that opens with random weights.
+        With its record `quantization`; changed in place. transformers' own method would write a
+        file that opens with random weights.
     """
-    for module in model.modules():
-        if hasattr(module, "save_pretrained") and any(
-            isinstance(m, Packed) for m in module.modules()
-        ):
-            module.save_pretrained = _save_pretrained
-
-
-def _save_pretrained(*args, **kwargs) -> None:
-    raise WrongStage(
-        "save_pretrained() cannot write the packed integers of a converted model: call "
-        "companion.save_quantized(model, folder), and load_quantized(folder) to read it"
-    )
+    record = model.quantization
+    for name, module in model.named_modules():
+        inside = f"{name}." if name else ""
+        layers = [n.removeprefix(inside) for n in record.layers if n.startswith(inside)]
+        if layers and is_pretrained(module):
+            module.save_pretrained = SavePretrained(module)
+            skipped = {n.removeprefix(inside): why for n, why in record.skipped.items()
+                       if n.startswith(inside)}  # fmt: skip
+            module.quantization = replace(record, layers=layers, skipped=skipped)
 
 
 def _same(old: list[tuple[Tensor, int]], new: list[tuple[Tensor, int]]) -> bool:
