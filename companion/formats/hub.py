@@ -402,10 +402,10 @@ def _rebuild(folder: Path, config: dict[str, Any], description: dict[str, Any]) 
         if description["format"] == FORMAT:
             return kind.from_pretrained(folder)
         settings = kind.config_class.from_dict(config)
-        description["dtype"] = str(settings.dtype or torch.float32).removeprefix("torch.")
+        description["dtype"] = dtype = next(iter(description["computes"].values()))
         settings.quantization_config = {**description, "quant_method": METHOD}
         tensors = _read_tensors(folder, description)
-        model = kind.from_pretrained(None, config=settings, state_dict=tensors)
+        model = kind.from_pretrained(None, config=settings, state_dict=tensors, dtype=dtype)
         if (folder / GENERATION).exists():
             _set_generation(model, folder)
         return model

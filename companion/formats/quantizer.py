@@ -95,7 +95,10 @@ class CompanionHfQuantizer(HfQuantizer):
         else:
             types |= {name: getattr(torch, dtype) for name, dtype in narrowed.items()}
         types |= {name: getattr(torch, dtype) for name, dtype in narrowed.items()}
+        known = (rf"(^|\.){re.escape(name)}\.weight$" for name in self.description["layers"])
+        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), *known}
         self.description = renamed(self.description, lambda name: _place(model, name))
+        _tie_head(model, self.description)
         replace_layers(model, self.description)
         for name, dtype in types.items():
             _set_type(model, _place(model, name), dtype)
@@ -108,10 +111,7 @@ class CompanionHfQuantizer(HfQuantizer):
             owner, _, key = name.rpartition(".")
             if owner in packed:  # no longer looked for in the file; finish() ties it
                 del model.get_submodule(owner)._buffers[key]
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            *(rf"(^|\.){re.escape(name)}\.weight$" for name in self.description["layers"]),
-        }
+        model._keys_to_ignore_on_load_unexpected = ignored
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         del model._keys_to_ignore_on_load_unexpected
@@ -153,6 +153,17 @@ def _place(model: nn.Module, name: str) -> str | None:
         found = _place(model, owner)
         return None if found is None else f"{found}.{key}"
     return None
+
+
+def _tie_head(model: nn.Module, description: dict[str, Any]) -> None:
+    """Round a head too that the saved model did not have, and that is tied to a rounded embedding."""
+    for name, first in model.all_tied_weights_keys.items():
+        head, embedding = name.rpartition(".")[0], first.rpartition(".")[0]
+        if embedding in description["layers"] and head not in description["layers"]:
+            description["layers"].append(head)
+            description["computes"][head] = description["computes"][embedding]
+            for key in ("integers", "scale"):
+                description["aliases"][f"{head}.{key}"] = f"{embedding}.{key}"
 
 
 def _set_type(model: nn.Module, name: str | None, dtype: torch.dtype) -> None:

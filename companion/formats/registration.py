@@ -8,7 +8,6 @@ chapter 14.
 from __future__ import annotations
 
 import sys
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 
 TABLES = "transformers.quantizers.auto"
@@ -30,7 +29,7 @@ def register_with_transformers() -> None:
         sys.meta_path.insert(0, _WhenImported())
 
 
-class _WhenImported(MetaPathFinder):
+class _WhenImported:
     """Finds one module, as ever, and registers the method once that has run."""
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
