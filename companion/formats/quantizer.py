@@ -92,16 +92,19 @@ class CompanionHfQuantizer(HfQuantizer):
             check_folder(checkpoint_files, model.config.name_or_path)
             for file in checkpoint_files:
                 types |= header(file)
-        else:
-            types |= {name: getattr(torch, dtype) for name, dtype in narrowed.items()}
         types |= {name: getattr(torch, dtype) for name, dtype in narrowed.items()}
-        known = (rf"(^|\.){re.escape(name)}\.weight$" for name in self.description["layers"])
-        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), *known}
+        empty = (rf"(^|\.){re.escape(name)}\.weight$" for name in self.description["layers"])
+        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), *empty}
         self.description = renamed(self.description, lambda name: _place(model, name))
         _tie_head(model, self.description)
         replace_layers(model, self.description)
-        for name, dtype in types.items():
-            _set_type(model, _place(model, name), dtype)
+        known = {_place(model, name): dtype for name, dtype in types.items()}
+        saved = getattr(torch, self.description["dtype"])
+        drawn = {
+            n: saved for n, p in model.named_parameters() if p.is_floating_point()
+        }  # a new head
+        for name, dtype in (drawn | known).items():
+            _set_type(model, name, dtype)
         packed = {name for name, module in model.named_modules() if isinstance(module, Packed)}
         model.all_tied_weights_keys = {
             name: first for name, first in model.all_tied_weights_keys.items()

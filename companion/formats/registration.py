@@ -49,10 +49,9 @@ class _WhenImported:
 
 
 def _register() -> None:
-    from transformers.quantizers import auto
-
     from companion.formats.quantizer import CompanionConfig, CompanionHfQuantizer
 
+    auto = sys.modules[TABLES]
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(METHOD)(CompanionConfig)
         auto.register_quantizer(METHOD)(CompanionHfQuantizer)

@@ -65,7 +65,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
         new[layer].weight = shared[key]
     model = replace_modules(model, new)
     for module in model.modules():
-        for ours in ("save_pretrained", "quantization", "hf_quantizer"):  # all of packed integers
+        for ours in ("quantization", "hf_quantizer"):  # of packed integers
             module.__dict__.pop(ours, None)
         vars(getattr(module, "config", None) or nn.Module()).pop("quantization_config", None)
     return model.eval()

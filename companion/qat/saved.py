@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from companion.errors import UnsupportedModel
 from companion.numerics.packing import narrowest
 from companion.numerics.scheme import QuantScheme
-from companion.qat.packed import Packed, attach_save_pretrained
+from companion.qat.packed import Packed, record_parts
 from companion.qat.prepare import empty_packed, replace_modules
 from companion.qat.selection import Quantization
 
@@ -203,7 +203,7 @@ def finish(model: nn.Module, description: dict[str, Any]) -> nn.Module:
     model.quantization = Quantization(
         scheme, description["method"], description["layers"], description["skipped"]
     )
-    attach_save_pretrained(model)
+    record_parts(model)
     return model.eval().requires_grad_(False)
 
 
