@@ -104,14 +104,14 @@ def save_quantized(
         # where transformers expects a weight of another shape, it stops instead of drawing it
         tensors |= {f"{name}.weight": empty for name in description["layers"]}
     folder = Path(folder)
-    shards = _shards(tensors, max_shard_size)
+    shards = split(tensors, max_shard_size)
 
     def write(partial: Path) -> None:
         for file, names in shards.items():
             shard = {name: tensors[name].cpu().contiguous() for name in names}
             save_file(shard, partial / file, metadata={"format": "pt"})
         if len(shards) > 1:
-            _write(partial / INDEX, _index(tensors, shards))
+            _write(partial / INDEX, index_of(tensors, shards))
         if getattr(whole, "generation_config", None) is not None:
             (partial / GENERATION).write_text(whole.generation_config.to_json_string())
         config = whole.config.to_dict() if hasattr(whole, "config") else {}
@@ -124,10 +124,7 @@ def save_quantized(
         _write(partial / CONFIG, config)
 
     write_folder(folder, write, last=CONFIG)
-    for path in folder.iterdir():  # of a model that was here before
-        old = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name)
-        if old and path.name not in {*shards, *([INDEX] if len(shards) > 1 else [])}:
-            path.unlink()
+    remove_stale(folder, shards)
     return folder
 
 
@@ -305,24 +302,60 @@ def _inside(model: nn.Module) -> str:
     return ""
 
 
-def _shards(tensors: dict[str, Tensor], limit: int | str) -> dict[str, list[str]]:
-    """Which tensors stand in which file."""
+def split(tensors: dict[str, Tensor], limit: int | str) -> dict[str, list[str]]:
+    """Say which tensors stand in which file.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+    limit : int or str
+        The most bytes of one file, such as ``"2GB"``.
+
+    Examples
+    --------
+    >>> split({"a": torch.zeros(3), "b": torch.zeros(3)}, 16)["model-00002-of-00002.safetensors"]
+    ['b']
+    """
     size = sum(tensor.nbytes for tensor in tensors.values())
     if limit == "50GB" and size <= 50 * 10**9:  # where transformers may be missing
         return {WEIGHTS: list(tensors)}
     with extra("language"):
         from huggingface_hub import split_state_dict_into_shards_factory
-    split = split_state_dict_into_shards_factory(
+    files = split_state_dict_into_shards_factory(
         tensors, get_storage_size=lambda tensor: tensor.nbytes, max_shard_size=limit,
         filename_pattern="model{suffix}.safetensors")  # fmt: skip
-    return split.filename_to_tensors
+    return files.filename_to_tensors
 
 
-def _index(tensors: dict[str, Tensor], shards: dict[str, list[str]]) -> dict[str, Any]:
+def index_of(tensors: dict[str, Tensor], shards: dict[str, list[str]]) -> dict[str, Any]:
+    """Tell transformers in which of several files a tensor stands.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+    shards : dict of str to list of str
+        From `split`.
+    """
     return {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": {name: file for file, names in shards.items() for name in names},
     }
+
+
+def remove_stale(folder: Path, shards: dict[str, list[str]]) -> None:
+    """Remove the weights of a model that was in the folder before, and lay in other files.
+
+    Parameters
+    ----------
+    folder : Path
+    shards : dict of str to list of str
+        Those that stay, from `split`.
+    """
+    stay = {*shards, *([INDEX] if len(shards) > 1 else [])}
+    for path in folder.iterdir():
+        ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name)
+        if ours and path.name not in stay:
+            path.unlink()
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
