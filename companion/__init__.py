@@ -8,8 +8,6 @@ only for what is needed.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from companion.formats.registration import register_with_transformers
-
 if TYPE_CHECKING:
     from companion.classic.wrapper import QuantWrapper
     from companion.course.models import load_pretrained
@@ -99,4 +97,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_with_transformers()
+# by its name, since every room imports this face, and formats stands above most of them
+import_module("companion.formats.registration").register_with_transformers()

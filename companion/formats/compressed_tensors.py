@@ -38,7 +38,8 @@ def export_compressed_tensors(
 
     Integers and scales are those that were trained. Weights of up to four bits are stored in
     four, others in eight (``pack-quantized``); with ``Activations(8, "token", symmetric=True)``
-    and one scale per row, in ``int-quantized``. transformers opens the folder with the package
+    and one scale per row, in ``int-quantized`` (where a token's largest input is negative, -127.5
+    steps, a last bit decides between two integers). transformers opens the folder with the package
     compressed-tensors; vLLM, which the format is for, was not run.
 
     A negative scale, which learned and searched ranges may have, becomes positive by changing the

@@ -95,11 +95,15 @@ def test_int8_inputs_by_token(tmp_path):
     assert group["group_0"]["input_activations"]["strategy"] == "token"
     stored = load_file(tmp_path / WEIGHTS)["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(stored, unpack(q.model.layers[0].mlp.up_proj.integers, 8, 64))
+    loaded = open_(tmp_path)
+    logits = loaded(IDS).logits  # from here on its weights are unpacked
+    x = torch.randn(2, 5, 64)
+    x[..., 0] = 9  # the largest of each token is positive: no tie at the grid's lower end
+    ours, theirs = (m.model.layers[0].mlp.up_proj(x) for m in (q, loaded))
+    assert torch.equal(theirs, ours)
     plain = convert(prepare_qat(made(), QuantScheme(8, None), skip=["lm_head"]))
-    error = (open_(tmp_path)(IDS).logits - q(IDS).logits).abs().max()
-    assert (
-        error < 0.05 * (plain(IDS).logits - q(IDS).logits).abs().max()
-    )  # what rounding inputs does
+    error, effect = (logits - q(IDS).logits).abs(), (plain(IDS).logits - q(IDS).logits).abs()
+    assert error.mean() < 0.5 * effect.mean()  # of rounding inputs at all
 
 
 @torch.no_grad()
