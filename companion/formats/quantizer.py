@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from companion.errors import UnsupportedModel
 from companion.formats.hub import check_folder, header
-from companion.formats.registration import METHOD
+from companion.formats.registration import METHOD, register_with_transformers
 from companion.qat.packed import Packed
 from companion.qat.saved import finish, renamed, replace_layers
 
@@ -180,3 +180,6 @@ def _set_type(model: nn.Module, name: str | None, dtype: torch.dtype) -> None:
         if tensor is not None and tensor.dtype != dtype:
             typed = torch.empty_like(tensor, dtype=dtype)
             tensors[key] = nn.Parameter(typed) if tensors is module._parameters else typed
+
+
+register_with_transformers()  # where this module is what made transformers import its tables

@@ -49,9 +49,10 @@ class _WhenImported:
 
 
 def _register() -> None:
-    from companion.formats.quantizer import CompanionConfig, CompanionHfQuantizer
+    from companion.formats import quantizer
 
     auto = sys.modules[TABLES]
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(METHOD)(CompanionConfig)
-        auto.register_quantizer(METHOD)(CompanionHfQuantizer)
+    complete = hasattr(quantizer, "CompanionHfQuantizer")  # else it asks again at its end
+    if complete and METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(quantizer.CompanionConfig)
+        auto.register_quantizer(METHOD)(quantizer.CompanionHfQuantizer)
