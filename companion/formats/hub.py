@@ -189,7 +189,7 @@ def load_quantized(
             ) from None
         whole = {inside + name: tensor for name, tensor in tensors.items()}
         loaded = fill(model, description, whole, cache=cache)
-        if (folder / GENERATION).exists():
+        if GENERATION in description["sha256"]:
             _set_generation(loaded, folder)
     for module in loaded.modules():
         if isinstance(module, Packed):
@@ -436,10 +436,11 @@ def _rebuild(folder: Path, config: dict[str, Any], description: dict[str, Any]) 
             return kind.from_pretrained(folder)
         settings = kind.config_class.from_dict(config)
         description["dtype"] = dtype = next(iter(description["computes"].values()))
-        settings.quantization_config = {**description, "quant_method": METHOD}
         tensors = _read_tensors(folder, description)
+        types = {n: str(t.dtype).removeprefix("torch.") for n, t in tensors.items()}
+        settings.quantization_config = {**description, "types": types, "quant_method": METHOD}
         model = kind.from_pretrained(None, config=settings, state_dict=tensors, dtype=dtype)
-        if (folder / GENERATION).exists():
+        if GENERATION in description["sha256"]:
             _set_generation(model, folder)
         return model
 

@@ -86,13 +86,13 @@ class CompanionHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        narrowed = self.description["narrowed"]
+        told = self.description.pop("types", {}) | self.description["narrowed"]
         types: dict[str, torch.dtype] = {}
         if checkpoint_files:  # else the caller has read and checked them
             check_folder(checkpoint_files, model.config.name_or_path)
             for file in checkpoint_files:
                 types |= header(file)
-        types |= {name: getattr(torch, dtype) for name, dtype in narrowed.items()}
+        types |= {name: getattr(torch, dtype) for name, dtype in told.items()}
         empty = (rf"(^|\.){re.escape(name)}\.weight$" for name in self.description["layers"])
         ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), *empty}
         self.description = renamed(self.description, lambda name: _place(model, name))
@@ -110,10 +110,11 @@ class CompanionHfQuantizer(HfQuantizer):
             name: first for name, first in model.all_tied_weights_keys.items()
             if not {name.rpartition(".")[0], first.rpartition(".")[0]} & packed
         }  # fmt: skip
-        for name in self.description["aliases"]:
+        for name, first in self.description["aliases"].items():
             owner, _, key = name.rpartition(".")
-            if owner in packed:  # no longer looked for in the file; finish() ties it
-                del model.get_submodule(owner)._buffers[key]
+            module = model.get_submodule(owner)
+            if owner in packed and module is not model.get_submodule(first.rpartition(".")[0]):
+                module._buffers.pop(key, None)  # not looked for in the file; finish() ties it
         model._keys_to_ignore_on_load_unexpected = ignored
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

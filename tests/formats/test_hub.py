@@ -282,6 +282,16 @@ def test_folders_of_before_still_open(tmp_path, dtype, kept, embeddings):
         load_quantized(folder)
 
 
+def test_a_folder_of_before_keeps_each_type(tmp_path):
+    start = llama().bfloat16()
+    start.model.norm.float().weight.data += 1e-3  # lost in bfloat16
+    start.config.dtype = torch.bfloat16
+    loaded = load_quantized(write_as_before(convert(prepare_qat(start, W4)), tmp_path))
+    assert torch.equal(loaded.model.norm.weight, start.model.norm.weight)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.model.norm.weight.dtype == torch.float32
+
+
 def test_a_folder_of_before_of_ones_own_class_still_opens(tmp_path):
     converted = convert(prepare_qat(model(), W3))
     loaded = load_quantized(write_as_before(converted, tmp_path), model())
