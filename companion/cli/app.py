@@ -187,14 +187,14 @@ def export(
     """
     with one_line("export"):
         from companion.cli.stages import open_model, open_tokenizer, save_tokenizer
-        from companion.course.models import is_quantized
         from companion.errors import WrongStage
         from companion.formats.gguf import export_gguf
+        from companion.formats.hub import is_saved
         from companion.formats.onnx.export import export_onnx
 
         if file.suffix not in (".onnx", ".gguf"):
             raise ValueError(f"{file} says no format: give it a name that ends in .onnx or .gguf")
-        if not is_quantized(model):
+        if not is_saved(model):
             raise WrongStage(f"{model} is no folder with a quantized model: finetune makes one")
         quantized = open_model(model)
         tokenizer = open_tokenizer(model)

@@ -6,7 +6,6 @@ Built in chapter 14.
 from __future__ import annotations
 
 import filecmp
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ import torch
 from torch import nn
 
 from companion.course.images import IMAGES
-from companion.course.models import is_quantized, load_pretrained
+from companion.course.models import load_pretrained
 from companion.course.sources import find, load_tokenizer, quiet_transformers
 from companion.course.tasks import load_task
 from companion.data.biencoder import BiEncoder
 from companion.data.task import Task
 from companion.errors import DamagedFile, MissingExtra, SourceUnavailable, UnsupportedModel
 from companion.evaluation.generation import longest
+from companion.formats.hub import is_saved, load_quantized, read_config
 from companion.formats.onnx.model import OnnxModel
-from companion.qat.saved import CONFIG, KEY, load_quantized
 
 HEADS = {"loss": "lm", "right choices": "lm", "accuracy": "classification",
          "span F1": "tokens", "recall@1": "retrieval"}  # fmt: skip
@@ -70,7 +69,7 @@ def open_model(name: str, *, head: str | None = None, classes: int | None = None
             f"{name} is an encoder-decoder ({config.model_type}), and the command line takes encoders "
             "and decoders: prepare_qat and fit train it in Python"
         )
-    if is_quantized(name):
+    if is_saved(name):
         return load_quantized(name, _retriever(name))
     return load_pretrained(name, head=head, classes=classes).eval()
 
@@ -86,8 +85,7 @@ def _config(name: str) -> Any:
 
 def _retriever(folder: str) -> nn.Module | None:
     """An empty encoder to fill, where the folder holds a `BiEncoder`; transformers knows none."""
-    config = json.loads(Path(folder, CONFIG).read_text())
-    saved, _ = config.pop(KEY), config.pop("quantization_config", None)
+    config, saved = read_config(folder)
     if saved.get("class") != BiEncoder.__name__:
         return None
     if "model_type" not in config:

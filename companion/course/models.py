@@ -6,10 +6,8 @@ Built in chapters 2 and 8.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from functools import partial
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +20,7 @@ from companion.data.biencoder import BiEncoder
 from companion.data.text import with_padding
 from companion.errors import DamagedFile, SourceUnavailable, UnsupportedModel, extra
 from companion.files import cache_folder, write_atomically
-from companion.qat.saved import CONFIG, KEY
+from companion.formats.hub import is_saved
 from companion.training.fit import fit
 
 logger = logging.getLogger(__name__)
@@ -140,7 +138,7 @@ def _from_transformers(name: str, head: str | None, classes: int | None, seed: i
     if head not in HEADS:
         raise ValueError(f"head {head!r} is unknown: choose one of {', '.join(HEADS)}")
     sized = {} if classes is None else {"num_labels": classes}
-    if is_quantized(name):
+    if is_saved(name):
         raise UnsupportedModel(f"{name} holds a quantized model: load_quantized({name!r}) opens it")
     with quiet_transformers() as transformers:
         folder, source = find(name)
@@ -198,21 +196,6 @@ def _padding_token(folder: str, config) -> int | None:
     except (OSError, ValueError):  # a folder with weights only
         end = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         return end[0] if isinstance(end, list) else end
-
-
-def is_quantized(name: str) -> bool:
-    """Whether a folder was written by `companion.save_quantized`.
-
-    Examples
-    --------
-    >>> is_quantized("docs-lm")
-    False
-    """
-    config = Path(name, CONFIG)
-    try:
-        return config.is_file() and KEY in json.loads(config.read_text())
-    except (ValueError, TypeError, OSError):
-        return False
 
 
 def new_resnet18(classes: int, seed: int = 0) -> nn.Module:

@@ -64,9 +64,10 @@ def to_torchao(model: nn.Module) -> nn.Module:
         new[layer] = _empty(layer)
         new[layer].weight = shared[key]
     model = replace_modules(model, new)
-    model.__dict__.pop("quantization", None)
     for module in model.modules():
-        module.__dict__.pop("save_pretrained", None)  # which refused to write packed integers
+        for ours in ("quantization", "hf_quantizer"):  # of packed integers
+            module.__dict__.pop(ours, None)
+        vars(getattr(module, "config", None) or nn.Module()).pop("quantization_config", None)
     return model.eval()
 
 

@@ -5,8 +5,10 @@ Built in chapter 10.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from companion.errors import WrongStage
+import companion  # its face knows how a model is saved; the formats stand above
 from companion.numerics.activations import activation_grid, fake_quantize_activations
 from companion.numerics.packing import pack, unpack
 from companion.numerics.scheme import QuantScheme
@@ -42,6 +44,7 @@ class Packed(nn.Module):
         self, rows: int, columns: int, scheme: QuantScheme, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
+        extend_save_pretrained()
         self.rows, self.columns, self.scheme, self.dtype = rows, columns, scheme, dtype
         width = -(-columns // 8) * scheme.weight_bits
         groups = columns // (scheme.group_size or columns)
@@ -89,6 +92,10 @@ class Packed(nn.Module):
         super()._apply(move, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        extend_save_pretrained()  # in the process that unpickles
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.columns}, {self.scheme.weight_bits} bits"
@@ -333,26 +340,83 @@ def _host_memory() -> tuple[int, int]:
     return free, total
 
 
-def refuse_save_pretrained(model: nn.Module) -> None:
-    """Make `save_pretrained`, and so every checkpoint of HF's Trainer, say how to save instead.
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether a model is one of transformers'; nothing is imported to find out.
+
+    Examples
+    --------
+    >>> is_pretrained(nn.Linear(2, 2))
+    False
+    """
+    bases = ((base.__module__.partition(".")[0], base.__name__) for base in type(model).__mro__)
+    return ("transformers", "PreTrainedModel") in bases
+
+
+def record_parts(model: nn.Module) -> None:
+    """Leave with each part of a converted model that transformers could save its own record.
 
     Parameters
     ----------
     model : nn.Module
-        Converted. What it holds of transformers would write a file that opens with random weights.
+        With its record `quantization`; changed in place.
     """
-    for module in model.modules():
-        if hasattr(module, "save_pretrained") and any(
-            isinstance(m, Packed) for m in module.modules()
-        ):
-            module.save_pretrained = _save_pretrained
+    record = model.quantization
+    for name, module in model.named_modules():
+        inside = f"{name}."
+        layers = [n.removeprefix(inside) for n in record.layers if n.startswith(inside)]
+        if name and layers and is_pretrained(module):
+            skipped = {n.removeprefix(inside): why for n, why in record.skipped.items()
+                       if n.startswith(inside)}  # fmt: skip
+            module.quantization = replace(record, layers=layers, skipped=skipped)
 
 
-def _save_pretrained(*args, **kwargs) -> None:
-    raise WrongStage(
-        "save_pretrained() cannot write the packed integers of a converted model: call "
-        "companion.save_quantized(model, folder), and load_quantized(folder) to read it"
-    )
+def extend_save_pretrained() -> None:
+    """Let the `save_pretrained` of transformers' models write packed integers, if there are some.
+
+    HF's Trainer calls it for its checkpoints, and `push_to_hub` for what it uploads; as it was, it
+    would write a file that opens with random weights. The class is extended, once, and no model:
+    a method of its own would keep each model alive beyond its last use.
+    """
+    module = sys.modules.get("transformers.modeling_utils")
+    theirs = getattr(getattr(module, "PreTrainedModel", None), "save_pretrained", None)
+    if theirs is None or hasattr(theirs, "packed"):
+        return
+
+    @wraps(theirs)
+    def save_pretrained(self, *args, **kwargs):
+        packed = any(isinstance(m, Packed) for m in self.modules())
+        return (_save_packed if packed else theirs)(self, *args, **kwargs)
+
+    save_pretrained.packed = _save_packed
+    module.PreTrainedModel.save_pretrained = save_pretrained
+
+
+def _save_packed(
+    model: nn.Module,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    token: str | bool | None = None,
+    save_peft_format: bool = True,
+    save_original_format: bool = True,
+    distributed_checkpoint: bool = False,
+    **upload: Any,
+) -> None:
+    """Write what `from_pretrained` opens; arguments as in transformers."""
+    if variant is not None or distributed_checkpoint:
+        raise ValueError(
+            "save_pretrained() of a converted model takes neither variant nor "
+            "distributed_checkpoint: leave them out"
+        )
+    if not is_main_process:
+        return
+    companion.save_quantized(model, save_directory, max_shard_size=max_shard_size, state=state_dict)
+    if push_to_hub:
+        name = upload.pop("repo_id", Path(save_directory).name)
+        model.push_to_hub(name, token=token, max_shard_size=max_shard_size, **upload)
 
 
 def _same(old: list[tuple[Tensor, int]], new: list[tuple[Tensor, int]]) -> bool:

@@ -34,7 +34,7 @@ from companion.qat.packed import (
     Packed,
     QuantizedEmbedding,
     QuantizedLinear,
-    refuse_save_pretrained,
+    record_parts,
 )
 from companion.qat.ranges import Absmax, fingerprint_of, make_quantizer
 from companion.qat.selection import (
@@ -282,7 +282,7 @@ def convert(
     converted = replace_modules(converted, new)
     _copy_parameters(converted, weights)
     converted.quantization = record
-    refuse_save_pretrained(converted)
+    record_parts(converted)
     return converted.eval().requires_grad_(False)
 
 

@@ -1,117 +1,210 @@
-"""`save_quantized` and `load_quantized`: a safetensors file and its settings, hash-checked.
+"""A converted model in tensors and plain values, and back: what every saved folder is made of.
 
-Built in chapter 10.
+The folders themselves are `companion.formats.hub`'s. Built in chapter 10.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from itertools import chain
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from companion.errors import DamagedFile, UnsupportedModel, WrongStage, extra
-from companion.files import sha256, write_atomically
+from companion.errors import UnsupportedModel
 from companion.numerics.packing import narrowest
 from companion.numerics.scheme import QuantScheme
-from companion.qat.packed import Packed, refuse_save_pretrained
+from companion.qat.packed import Packed, record_parts
 from companion.qat.prepare import empty_packed, replace_modules
 from companion.qat.selection import Quantization
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-GENERATION = "generation_config.json"
-KEY = "companion"  # what this package adds to config.json stands under it
-FORMAT, NARROWED = 1, 2  # two: some float tensors are stored in a narrower type than they have
-REFUSED = {"library": "companion", "open_with": "companion.load_quantized"}
-"""What transformers finds as quantization_config. A method that it does not know only makes it warn
-and draw the missing weights at random; an entry without any method makes it stop."""
 
+def describe(
+    model: nn.Module, state: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take a converted model apart: tensors of distinct memory, and what these do not say.
 
-def save_quantized(model: nn.Module, folder: str | Path) -> Path:
-    """Write a converted model: packed integers, scales, what stayed float, and its settings.
-
-    Nothing is rounded: a large float32 tensor is stored in 16 bits where these hold all its
+    Nothing is rounded: a large float32 parameter comes in 16 bits where these hold all its
     values, such as an embedding of a bfloat16 checkpoint that was not trained.
 
     Parameters
     ----------
     model : nn.Module
         From `convert`.
-    folder : path
-        Receives ``model.safetensors``, ``config.json`` and, where the model has settings for
-        generating, ``generation_config.json``; made if needed.
+    state : mapping of str to Tensor, optional
+        Its state dict, where it had to be gathered from several processes.
 
     Returns
     -------
-    Path
-        The folder.
-
-    Raises
-    ------
-    WrongStage
-        If the model was not converted.
+    tensors : dict of str to Tensor
+        Under the names of its state dict, tied ones once.
+    description : dict
+        Values that JSON keeps.
 
     Examples
     --------
-    >>> import tempfile
-    >>> from companion import W4, convert, load_quantized, prepare_qat, save_quantized
-    >>> model = nn.Sequential(nn.Linear(64, 8))
-    >>> q = convert(prepare_qat(model, W4))
-    >>> folder = save_quantized(q, tempfile.mkdtemp())
-    >>> x = torch.ones(1, 64)
-    >>> torch.equal(load_quantized(folder, model)(x), q(x))
-    True
+    >>> from companion import W4, convert, prepare_qat
+    >>> tensors, description = describe(convert(prepare_qat(nn.Sequential(nn.Linear(64, 8)), W4)))
+    >>> sorted(tensors), description["computes"]
+    (['0.bias', '0.integers', '0.scale'], {'0': 'float32'})
     """
-    refuse_foreign(model, "save_quantized")
-    record: Quantization | None = getattr(model, "quantization", None)
-    if record is None or not any(isinstance(m, Packed) for m in model.modules()):
-        raise WrongStage("save_quantized() needs a model from convert(): convert it first")
-    folder = Path(folder)
-    state = model.state_dict()
+    record: Quantization = model.quantization
+    state = model.state_dict() if state is None else state
     tensors, aliases = _distinct(state)
-    parameters = dict(model.named_parameters())
     computes = {name: tensor.dtype for name, tensor in tensors.items()}
+    parameters = {name for name, _ in model.named_parameters()}
     tensors |= {name: narrowest(tensors[name]) for name in tensors if name in parameters}
-    narrowed = {n: _name(computes[n]) for n, t in tensors.items() if t.dtype != computes[n]}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(folder / WEIGHTS, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
-    config = model.config.to_dict() if hasattr(model, "config") else {}
-    description = {
-        "format": NARROWED if narrowed else FORMAT,
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, Packed)}
+    config = getattr(model, "config", None)
+    return tensors, {
         "class": type(model).__name__,
         "scheme": record.scheme.to_dict(),
         "method": record.method,
-        "layers": record.layers,
-        "skipped": record.skipped,
+        "layers": list(record.layers),
+        "skipped": dict(record.skipped),
         "aliases": aliases,
         # what state_dict() does not say: the types it computes in, and its attention kernel
-        "computes": {n: _name(m.dtype) for n, m in model.named_modules() if isinstance(m, Packed)},
+        "dtype": _name(_main_dtype(model)),
+        "computes": {name: _name(module.dtype) for name, module in packed.items()},
         "buffers": {n: _name(b.dtype) for n, b in model.named_buffers() if n not in state},
-        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
-        "sha256": sha256(folder / WEIGHTS),
+        "narrowed": {n: _name(computes[n]) for n, t in tensors.items() if t.dtype != computes[n]},
+        "attention": getattr(config, "_attn_implementation", None),
     }
-    if narrowed:
-        description["narrowed"] = narrowed
-    if getattr(model, "generation_config", None) is not None:
-        settings = model.generation_config.to_json_string()
-        write_atomically(folder / GENERATION, lambda p: p.write_text(settings))
-        description["generation_sha256"] = sha256(folder / GENERATION)
-    config["quantization_config"] = REFUSED
-    config = json.loads(json.dumps({**config, KEY: description}, default=str))
-    config[KEY]["config_sha256"] = _hash(config)
-    text = json.dumps(config, indent=1)
-    write_atomically(folder / CONFIG, lambda p: p.write_text(text + "\n"))
-    return folder
+
+
+def renamed(description: dict[str, Any], rename: Callable[[str], str | None]) -> dict[str, Any]:
+    """Describe the same layers and tensors by other names.
+
+    Parameters
+    ----------
+    description : dict
+        From `describe`.
+    rename : callable
+        Takes the name of a module or tensor; None leaves out what stands under it.
+
+    Examples
+    --------
+    >>> old = {"layers": ["encoder.up", "head"], "aliases": {}, "skipped": {}, "computes": {},
+    ...        "buffers": {}, "narrowed": {}}
+    >>> renamed(old, {"encoder.up": "up"}.get)["layers"]
+    ['up']
+    """
+    tables = {
+        key: {rename(n): v for n, v in description.get(key, {}).items() if rename(n) is not None}
+        for key in ("skipped", "computes", "buffers", "narrowed", "aliases")
+    }
+    pairs = {name: rename(first) for name, first in tables["aliases"].items()}
+    tables["aliases"] = {name: first for name, first in pairs.items() if first is not None}
+    layers = [rename(name) for name in description["layers"]]
+    return {**description, **tables, "layers": [name for name in layers if name is not None]}
+
+
+def replace_layers(model: nn.Module, description: dict[str, Any], *, cache: bool = True):
+    """Put empty packed layers in the place of a float model's; return the model or its new self.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    description : dict
+        From `describe`.
+    cache : bool
+        As in `companion.convert`.
+    """
+    scheme = QuantScheme.from_dict(description["scheme"])
+    new = {}
+    for name in description["layers"]:
+        layer = model.get_submodule(name)
+        new[layer] = packed = empty_packed(layer, scheme)
+        packed.dtype = getattr(torch, description["computes"][name])
+        packed.cache = cache
+    return replace_modules(model, new)
+
+
+def fill(
+    model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor], *, cache: bool = True
+) -> nn.Module:
+    """Build the described model anew in a copy of a float one, whose weights are left out.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of the same architecture; left as it is.
+    description, tensors
+        From `describe`.
+    cache : bool
+        As in `companion.convert`.
+
+    Returns
+    -------
+    nn.Module
+        In eval mode.
+
+    Raises
+    ------
+    UnsupportedModel
+        If `model` is of another architecture.
+
+    Examples
+    --------
+    >>> from companion import W4, convert, prepare_qat
+    >>> model, x = nn.Sequential(nn.Linear(64, 8)), torch.ones(1, 64)
+    >>> q = convert(prepare_qat(model, W4))
+    >>> tensors, description = describe(q)
+    >>> torch.equal(fill(model, description, tensors)(x), q(x))
+    True
+    """
+    model = _without_weights(model)
+    try:
+        model = replace_layers(model, description, cache=cache)
+        wide = {n: t.to(getattr(torch, description["narrowed"].get(n, _name(t.dtype))))
+                for n, t in tensors.items()}  # fmt: skip
+        aliases = {name: wide[first] for name, first in description["aliases"].items()}
+        model.load_state_dict(wide | aliases, assign=True)  # keeps types
+        return finish(model, description)
+    except (AttributeError, KeyError, RuntimeError, ValueError, NotImplementedError) as error:
+        raise UnsupportedModel(
+            f"the model given does not fit the file, which holds a {description['class']}: {error}"
+        ) from None
+
+
+def finish(model: nn.Module, description: dict[str, Any]) -> nn.Module:
+    """Tie what shares memory, give buffers their types, and leave the record of what was rounded.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With the described packed layers, filled; changed in place.
+    description : dict
+        From `describe`.
+
+    Returns
+    -------
+    nn.Module
+        `model`, in eval mode.
+
+    Raises
+    ------
+    ValueError
+        If a tensor has no values yet.
+    """
+    for name, first in description["aliases"].items():
+        _share(model, name, first)
+    for name, dtype in description["buffers"].items():
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, key, getattr(module, key).to(dtype=getattr(torch, dtype)))
+    left = [n for n, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
+    if left:
+        raise ValueError(f"{left[0]} is not in the file")
+    scheme = QuantScheme.from_dict(description["scheme"])
+    model.quantization = Quantization(
+        scheme, description["method"], description["layers"], description["skipped"]
+    )
+    record_parts(model)
+    return model.eval().requires_grad_(False)
 
 
 def refuse_foreign(model: nn.Module, call: str) -> None:
@@ -141,102 +234,6 @@ def refuse_foreign(model: nn.Module, call: str) -> None:
             f"{call}() cannot take this model, since its weights are tensors of torchao: give the "
             "model that convert() returned, before to_torchao()"
         )
-
-
-def load_quantized(
-    folder: str | Path, model: nn.Module | None = None, *, cache: bool = True
-) -> nn.Module:
-    """Read a model that `save_quantized` wrote; it computes bit for bit what was saved.
-
-    Only what the file holds takes memory: no float weight is made that is going to be replaced.
-
-    Parameters
-    ----------
-    folder : path
-    model : nn.Module, optional
-        A float model of the same architecture, needed only where the class is not one of
-        transformers' and cannot be rebuilt from config.json. Left as it is.
-    cache : bool
-        As in `convert`: keep the matrix that each layer dequantizes at its first forward.
-
-    Returns
-    -------
-    nn.Module
-        In eval mode.
-
-    Raises
-    ------
-    DamagedFile
-        If a file is missing, truncated or edited.
-    UnsupportedModel
-        If the class cannot be rebuilt, or `model` is of another architecture.
-
-    Examples
-    --------
-    See `save_quantized`.
-
-    >>> load_quantized("no/such/folder")
-    Traceback (most recent call last):
-    companion.errors.DamagedFile: no/such/folder/config.json is missing: give the folder that ...
-    """
-    folder = Path(folder)
-    config, description = _read_config(folder)
-    scheme = QuantScheme.from_dict(description["scheme"])
-    try:
-        tensors = _read_tensors(folder / WEIGHTS, description.get("narrowed", {}))
-    except Exception as error:
-        raise DamagedFile(f"{folder / WEIGHTS} cannot be read ({error}): copy it again") from None
-    model = _rebuild(config, description) if model is None else _without_weights(model)
-    try:
-        new = {}
-        for name in description["layers"]:
-            layer = model.get_submodule(name)
-            new[layer] = packed = empty_packed(layer, scheme)
-            packed.dtype = getattr(torch, description["computes"][name])
-            packed.cache = cache
-        model = replace_modules(model, new)
-        aliases = {name: tensors[first] for name, first in description["aliases"].items()}
-        model.load_state_dict(tensors | aliases, assign=True)  # keeps types
-        for name, first in description["aliases"].items():
-            _share(model, name, first)
-        for name, dtype in description["buffers"].items():
-            owner, _, key = name.rpartition(".")
-            module = model.get_submodule(owner)
-            setattr(module, key, getattr(module, key).to("cpu", getattr(torch, dtype)))
-        left = [n for n, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
-        if left:
-            raise ValueError(f"{left[0]} is not in the file")
-    except (AttributeError, RuntimeError, ValueError, NotImplementedError) as error:
-        raise UnsupportedModel(
-            f"the model given does not fit the file, which holds a {description['class']}: {error}"
-        ) from None
-    if "generation_sha256" in description:
-        with extra("language"):
-            from transformers import GenerationConfig
-
-        settings = json.loads((folder / GENERATION).read_text())
-        model.generation_config = GenerationConfig.from_dict(settings)
-    model.quantization = Quantization(
-        scheme, description["method"], description["layers"], description["skipped"]
-    )
-    refuse_save_pretrained(model)
-    return model.eval().requires_grad_(False)
-
-
-def _read_tensors(path: Path, narrowed: dict[str, str]) -> dict[str, Tensor]:
-    """Read a file, each tensor in the type that its model computes in."""
-    tensors = {}
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no dictionary
-            tensor = file.get_tensor(name)
-            tensors[name] = tensor.to(getattr(torch, narrowed.get(name, _name(tensor.dtype))))
-    return tensors
-
-
-def _share(model: nn.Module, name: str, first: str) -> None:
-    """Put the parameter or buffer of one name under another one, too."""
-    (owner, _, key), (origin, _, source) = name.rpartition("."), first.rpartition(".")
-    setattr(model.get_submodule(owner), key, getattr(model.get_submodule(origin), source))
 
 
 @torch.no_grad()
@@ -282,24 +279,12 @@ def _shape_only(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
 
 
-@contextmanager
-def _no_weights() -> Iterator[None]:
-    """Let modules that are made here (in this thread) have parameters without memory.
-
-    Their buffers are computed as ever: those that no file holds, such as the frequencies of
-    rotary positions, come from the model's own code.
-    """
-    here = threading.get_ident()
-
-    def shape_only(module: nn.Module, name: str, parameter: nn.Parameter | None):
-        made_here = parameter is not None and threading.get_ident() == here
-        return _shape_only(parameter) if made_here else parameter
-
-    hook = register_module_parameter_registration_hook(shape_only)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _share(model: nn.Module, name: str, first: str) -> None:
+    """Put the parameter or buffer of one name under another one, too."""
+    (owner, _, key), (origin, _, source) = name.rpartition("."), first.rpartition(".")
+    module, tensor = model.get_submodule(owner), getattr(model.get_submodule(origin), source)
+    tensors = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+    tensors[key] = tensor
 
 
 def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -320,63 +305,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _read_config(folder: Path) -> tuple[dict, dict]:
-    path = folder / CONFIG
-    if not path.exists():
-        raise DamagedFile(f"{path} is missing: give the folder that save_quantized() wrote")
-    try:
-        config = json.loads(path.read_text())
-        description = config[KEY]
-        stored = description.pop("config_sha256")
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-        raise DamagedFile(
-            f"{path} was not written by save_quantized(), or was damaged since: copy it again"
-        ) from None
-    if not (folder / WEIGHTS).exists():
-        raise DamagedFile(f"{folder / WEIGHTS} is missing: copy the whole folder")
-    generation = description.get("generation_sha256")
-    if generation and not (folder / GENERATION).exists():
-        raise DamagedFile(f"{folder / GENERATION} is missing: copy the whole folder")
-    if (
-        stored != _hash(config)
-        or description["sha256"] != sha256(folder / WEIGHTS)
-        or (generation and generation != sha256(folder / GENERATION))
-    ):
-        raise DamagedFile(
-            f"the files in {folder} are not those that were saved (their hash differs): they were "
-            "truncated, edited or mixed up. Copy the folder again, or save the model anew"
-        )
-    known = sorted({FORMAT, NARROWED})
-    if description["format"] not in known:
-        raise DamagedFile(
-            f"{path} has format {description['format']}; this version reads "
-            f"{' and '.join(map(str, known))}"
-        )
-    del config[KEY]
-    config.pop("quantization_config", None)
-    return config, description
-
-
-def _rebuild(config: dict, description: dict) -> nn.Module:
-    with extra("language"):
-        import transformers
-
-    name = description["class"]
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise UnsupportedModel(
-            f"{name} is no model class of transformers, so it cannot be rebuilt from config.json: "
-            f"pass a float model of this class, load_quantized(folder, model=...)"
-        )
-    settings = kind.config_class.from_dict(config)
-    dtype = settings.dtype
-    with _no_weights():  # in float32, for the sake of the buffers that are computed
-        model = kind._from_config(
-            settings, attn_implementation=description["attention"], dtype=torch.float32
-        )
-    model.config.dtype = dtype
-    return model
-
-
-def _hash(config: dict) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+def _main_dtype(model: nn.Module) -> torch.dtype:
+    """The type it computes in, as transformers counts it: that of the first float parameter."""
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    packed = (m.dtype for m in model.modules() if isinstance(m, Packed))
+    return next(chain(floats, packed))

@@ -25,7 +25,7 @@ from companion.evaluation.language import document_losses
 from companion.evaluation.metrics import METRICS
 from companion.files import write_atomically
 from companion.numerics.scheme import QuantScheme
-from companion.qat.saved import keep_types, save_quantized
+from companion.qat.saved import keep_types
 from companion.study.fingerprint import fingerprint, of_task
 from companion.study.recipes import FLOAT, Arm
 from companion.study.tables import scheme_name
@@ -263,7 +263,7 @@ def keep(model: nn.Module, folder: Path, key: str) -> None:
         )
 
     mark("unfinished")
-    save_quantized(model, folder)
+    companion.save_quantized(model, folder)
     mark(key)
 
 

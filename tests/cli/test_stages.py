@@ -4,18 +4,18 @@ import pytest
 import torch
 import transformers as tf
 
+from companion import save_quantized
 from companion.cli.stages import open_model, open_tokenizer
-from companion.course.models import is_quantized
 from companion.errors import SourceUnavailable
+from companion.formats.hub import is_saved
 from companion.formats.onnx.model import OnnxModel
-from companion.qat.saved import save_quantized
 from tests import tiny
 
 
 def test_a_saved_and_an_exported_model_answer_alike(served_docs_lm, tmp_path):
     model, path = served_docs_lm
     folder = str(save_quantized(model, tmp_path))
-    assert is_quantized(folder)
+    assert is_saved(folder)
     ids = torch.arange(20).view(1, 20)
     saved, served = open_model(folder), open_model(str(path))
     assert isinstance(served, OnnxModel)
@@ -26,8 +26,8 @@ def test_a_saved_and_an_exported_model_answer_alike(served_docs_lm, tmp_path):
 @pytest.mark.parametrize("text", ["{}", "not json"])
 def test_other_folders_are_not_taken_for_quantized_models(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    assert not is_quantized(str(tmp_path))
-    assert not is_quantized(str(tmp_path / "no"))
+    assert not is_saved(str(tmp_path))
+    assert not is_saved(str(tmp_path / "no"))
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

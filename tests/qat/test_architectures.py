@@ -30,8 +30,8 @@ from companion import (
     to_torchao,
 )
 from companion.errors import NothingToTrain, UnsupportedModel, WrongStage
+from companion.formats.hub import WEIGHTS
 from companion.qat.packed import DynamicInt8Linear, Packed, QuantizedEmbedding, QuantizedLinear
-from companion.qat.saved import WEIGHTS
 
 COMMON = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
           "num_attention_heads": 4, "vocab_size": 96, "max_position_embeddings": 64,

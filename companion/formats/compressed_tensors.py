@@ -1,0 +1,282 @@
+"""`export_compressed_tensors`: a converted model in the format that vLLM and transformers load.
+
+Built in chapter 14.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from companion.errors import UnsupportedModel, WrongStage
+from companion.files import write_folder
+from companion.formats.hub import CONFIG, GENERATION, INDEX, index_of, remove_stale, split
+from companion.numerics.activations import Activations
+from companion.numerics.packing import narrowest, pack, unpack
+from companion.numerics.scheme import QuantScheme, integer_range
+from companion.qat.packed import Packed, QuantizedLinear, is_pretrained
+from companion.qat.saved import describe, refuse_foreign
+
+INT8_TOKENS = Activations(8, "token", symmetric=True)
+"""The only rounding of inputs that compressed-tensors' int8 kernels compute as it was trained."""
+
+
+def export_compressed_tensors(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    bits: int | None = None,
+    zero_points: bool = False,
+    max_shard_size: int | str = "50GB",
+) -> Path:
+    """Write a converted model of transformers in compressed-tensors' own format.
+
+    Integers and scales are those that were trained. Weights of up to four bits are stored in
+    four, others in eight (``pack-quantized``); with ``Activations(8, "token", symmetric=True)``
+    and one scale per row, in ``int-quantized`` (where a token's largest input is negative, -127.5
+    steps, a last bit decides between two integers). transformers opens the folder with the package
+    compressed-tensors; vLLM, which the format is for, was not run.
+
+    A negative scale, which learned and searched ranges may have, becomes positive by changing the
+    signs of its group's integers. Where one of them is the smallest, such as -8, whose opposite
+    four bits do not hold, say what to give up for it: `bits` or `zero_points`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        From `convert`. Embeddings and the output layer are written in floating point, with the
+        values that they were rounded to: vLLM takes no others.
+    folder : path
+        Made if needed. Other files in it, such as a tokenizer's, stay.
+    bits : {4, 8}, optional
+        Width in which a weight is stored. Eight hold the opposite of every shorter integer.
+    zero_points : bool
+        Allow zero points (``symmetric: false``), which move a turned grid by one: half a byte for
+        each group, the same values. transformers 5.23 opens such a folder with
+        ``quantization_config=CompressedTensorsConfig(dequantize=True)`` alone.
+    max_shard_size : int or str
+        The most bytes of one file, such as ``"2GB"``.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    WrongStage
+        If the model was not converted.
+    UnsupportedModel
+        If it is none of transformers', has layers other than Linear, rounds its inputs in
+        another way, or has negative scales that cannot be turned.
+
+    Examples
+    --------
+    >>> import tempfile, transformers
+    >>> from companion import W4, convert, prepare_qat
+    >>> config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...                                   num_hidden_layers=1, num_attention_heads=2)
+    >>> q = convert(prepare_qat(transformers.LlamaForCausalLM(config), W4, "absmax"))
+    >>> folder = export_compressed_tensors(q, tempfile.mkdtemp())
+    >>> json.loads((folder / "config.json").read_text())["quantization_config"]["format"]
+    'pack-quantized'
+    """
+    refuse_foreign(model, "export_compressed_tensors")
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, Packed)}
+    if not packed:
+        raise WrongStage(
+            "export_compressed_tensors() needs a model from convert(): convert it first"
+        )
+    if not is_pretrained(model):
+        raise UnsupportedModel(
+            f"export_compressed_tensors() writes models of transformers, and this is a "
+            f"{type(model).__name__}: use save_quantized()"
+        )
+    scheme = next(iter(packed.values())).scheme
+    _check_activations(scheme)
+    kinds = _float_kinds(model)
+    tables = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    exported = {
+        name: layer for name, layer in packed.items()
+        if isinstance(layer, QuantizedLinear) and id(layer) not in tables
+    }  # fmt: skip
+    others = [name for name in exported if kinds[name] is not nn.Linear]
+    if others:
+        raise UnsupportedModel(
+            f"compressed-tensors takes nn.Linear layers, and {others[0]} is a "
+            f"{kinds[others[0]].__name__}: use export_onnx() or save_quantized()"
+        )
+    if not exported:
+        raise UnsupportedModel(
+            "only embeddings or the output layer of this model are rounded, which are written in "
+            "floating point: use save_quantized()"
+        )
+    heads = [name for name, layer in packed.items() if isinstance(layer, QuantizedLinear)
+             and name not in exported]  # fmt: skip
+    if heads and scheme.activations is not None:
+        raise UnsupportedModel(
+            f"{heads[0]} rounds its inputs, and vLLM takes output layers in floating point only: "
+            f"prepare the model with skip={heads}"
+        )
+    least = 4 if scheme.weight_bits <= 4 else 8
+    bits = least if bits is None else bits
+    if bits not in (4, 8) or bits < least:
+        raise ValueError(
+            f"bits={bits} cannot store {scheme.weight_bits}-bit weights here: choose 4 or 8, "
+            f"{least} at least"
+        )
+    tensors, description = describe(model)
+    grids = {name: _positive(layer, bits) for name, layer in exported.items()}
+    shifted = any(zero.any() for _, _, zero in grids.values())
+    if shifted and (scheme.activations is not None or not zero_points):
+        raise UnsupportedModel(_negative(grids, bits, scheme))
+    for name, layer in packed.items():
+        for key in ("integers", "scale", "factor"):
+            tensors.pop(f"{name}.{key}", None)
+        if name in grids:
+            integers, scale, zero = grids[name]
+            if scheme.activations is not None:
+                tensors |= {f"{name}.weight": integers, f"{name}.weight_scale": scale}
+            else:
+                tensors |= _pack_quantized(name, integers, scale, zero if shifted else None, bits)
+        elif f"{name}.integers" not in description["aliases"]:
+            tensors[f"{name}.weight"] = narrowest(layer.weight)
+    config = model.config.to_dict() | {
+        "architectures": [type(model).__name__],
+        "dtype": description["dtype"],
+        "quantization_config": _description(
+            scheme, bits, shifted,
+            [name for name, kind in kinds.items() if kind is nn.Linear and name not in exported],
+        ),
+    }  # fmt: skip
+    shards = split(tensors, max_shard_size)
+
+    def write(partial: Path) -> None:
+        for file, names in shards.items():
+            shard = {name: tensors[name].cpu().contiguous() for name in names}
+            save_file(shard, partial / file, metadata={"format": "pt"})
+        if len(shards) > 1:
+            (partial / INDEX).write_text(json.dumps(index_of(tensors, shards), indent=1) + "\n")
+        if getattr(model, "generation_config", None) is not None:
+            (partial / GENERATION).write_text(model.generation_config.to_json_string())
+        (partial / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n")
+
+    write_folder(folder, write, last=CONFIG)
+    remove_stale(Path(folder), shards)
+    return Path(folder)
+
+
+def words(integers: Tensor, bits: int) -> Tensor:
+    """Lay integers out as compressed-tensors does: without gaps in int32, the smallest being 0.
+
+    Parameters
+    ----------
+    integers : Tensor, shape (rows, columns), int8
+    bits : {4, 8}
+        Width of one.
+
+    Returns
+    -------
+    Tensor, shape (rows, ceil(columns * bits / 32)), int32
+
+    Examples
+    --------
+    >>> hex(words(torch.tensor([[-8, -7, -6, -5, -4, 0, 6, 7]], dtype=torch.int8), 4).item() % 2**32)
+    '0xfe843210'
+    """
+    sign = {4: 0x88, 8: 0x80}[bits]  # from two's complement to an offset
+    bytes_ = pack(integers, bits).bitwise_xor_(sign)
+    wide = 4 * -(-integers.shape[-1] * bits // 32)
+    return bytes_[:, :wide].contiguous().view(torch.int32)
+
+
+def _check_activations(scheme: QuantScheme) -> None:
+    form = scheme.activations
+    if form is None or (form == INT8_TOKENS and scheme.weight_bits == 8 and not scheme.group_size):
+        return
+    raise UnsupportedModel(
+        "compressed-tensors rounds inputs to 8 bits, symmetrically and by token, and then wants 8-bit "
+        "weights with one scale per row, which is not what this model was trained with: train weights "
+        'only, or with QuantScheme(8, None, activations=Activations(8, "token", symmetric=True))'
+    )
+
+
+def _float_kinds(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """What each module was before it was rounded: its class, by name."""
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    return {name: type(module) for name, module in empty.named_modules()}
+
+
+def _positive(layer: Packed, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers, positive scales and zero points of the same values.
+
+    With a negative scale the grid is turned around: of 4 bits, it ends at +8 instead of -8. Where no integer
+    lies at that end, changing all signs brings it back; else the grid is moved by one.
+    """
+    scale = layer.scale.detach().cpu()
+    integers = unpack(layer.integers.cpu(), layer.scheme.weight_bits, layer.columns)
+    groups = integers.unflatten(-1, (scale.shape[-1], -1))
+    turned = scale < 0
+    moved = turned & (groups == integer_range(bits)[0]).any(-1)
+    zero = -moved.to(torch.int8)
+    signed = torch.where(turned[..., None], ~groups, groups)  # ~q is -q - 1, which never overflows
+    signed = signed + (turned & ~moved)[..., None].to(torch.int8)
+    return signed.flatten(-2), scale.abs(), zero
+
+
+def _pack_quantized(
+    name: str, integers: Tensor, scale: Tensor, zero: Tensor | None, bits: int
+) -> dict[str, Tensor]:
+    tensors = {
+        f"{name}.weight_packed": words(integers, bits),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": torch.tensor(integers.shape),
+    }
+    if zero is not None:
+        tensors[f"{name}.weight_zero_point"] = words(zero.t().contiguous(), bits).t()
+    return tensors
+
+
+def _negative(grids: dict[str, Any], bits: int, scheme: QuantScheme) -> str:
+    count = sum(int(zero.count_nonzero()) for _, _, zero in grids.values())
+    groups = sum(zero.numel() for _, _, zero in grids.values())
+    ways = [] if bits == 8 else ["bits=8 (the same values in twice the bytes)"]
+    ways += [] if scheme.activations else ["zero_points=True (half a byte for each group)"]
+    return (
+        f"{count} of {groups} groups have a negative scale and use the integer {-(2 ** (bits - 1))}, "
+        f"and compressed-tensors takes positive scales: {''.join(f'export with {w}, ' for w in ways)}"
+        'or prepare the model with method="absmax", whose scales are positive'
+    )
+
+
+def _description(
+    scheme: QuantScheme, bits: int, shifted: bool, ignore: list[str]
+) -> dict[str, Any]:
+    """The quantization_config that compressed-tensors reads."""
+    common = {"type": "int", "symmetric": True, "dynamic": False}
+    weights = common | {
+        "num_bits": bits,
+        "symmetric": not shifted,
+        "strategy": "group" if scheme.group_size else "channel",
+        "group_size": scheme.group_size,
+    }
+    inputs = None
+    if scheme.activations is not None:
+        inputs = common | {"num_bits": 8, "strategy": "token", "dynamic": True}
+    form = "pack-quantized" if inputs is None else "int-quantized"
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {
+            "targets": ["Linear"], "weights": weights, "input_activations": inputs,
+            "output_activations": None, "format": form}},
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+    }  # fmt: skip
