@@ -681,7 +681,7 @@ FLOAT = ("float", "float")
 
 
 def cells_of(study, steps):
-    """Runs measured on test, by scheme and method, in the order of draws."""
+    """Runs measured on test, by scheme and method, draw by draw."""
     found = {}
     for run in sorted(study["records"], key=lambda run: run["seed"]):
         if "total" in run and run["steps"] == steps:
@@ -862,8 +862,8 @@ for (scheme, method), runs in sorted(longest.items()):
         Results(runs, study["packages"]), Results(other, study["packages"])
     )
     print(
-        f"{scheme} {NAMES[method]}: labels, {runs[0]['steps']} steps, worse "
-        f"by {lead.value:.3f} [{lead.low:.3f}, {lead.high:.3f}] than "
+        f"{scheme} {NAMES[method]}: labels, {runs[0]['steps']} steps, "
+        f"worse by {lead.value:.3f} [{lead.low:.3f}, {lead.high:.3f}] than "
         f"{STEPS} steps with the teacher"
     )
 

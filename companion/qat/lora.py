@@ -31,7 +31,6 @@ from companion.errors import (
 from companion.files import write_atomically
 from companion.numerics.scheme import QuantScheme
 from companion.qat.layers import FakeQuantConv1D, FakeQuantLinear
-from companion.qat.packed import refuse_save_pretrained
 from companion.qat.prepare import empty_packed, own_forward, prepare_qat, replace_modules
 from companion.qat.ranges import Absmax, fingerprint_of
 
@@ -250,7 +249,7 @@ def convert_base(model: nn.Module) -> nn.Module:
         raise WrongStage("the rounding of this model is paused: call start_rounding(model) first")
     new = {layer: empty_packed(layer, layer.quantizer.scheme).store(layer) for layer in layers}
     replace_modules(converted, new)
-    refuse_save_pretrained(own_forward(converted.get_base_model()))
+    own_forward(converted.get_base_model())
     return converted.eval().requires_grad_(False)
 
 

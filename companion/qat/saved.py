@@ -219,8 +219,13 @@ def refuse_foreign(model: nn.Module, call: str) -> None:
     Raises
     ------
     UnsupportedModel
-        If its integers are those of `QuantWrapper` or torchao.
+        If its integers are those of `QuantWrapper` or torchao, or adapters stand beside them.
     """
+    if any(isinstance(getattr(module, "base_layer", None), Packed) for module in model.modules()):
+        raise UnsupportedModel(
+            f"{call}() cannot take this model, since adapters stand beside its integers: save them by "
+            "the PeftModel's own save_pretrained(), and the base without them"
+        )
     classic = ("torch.ao.nn", "companion.classic")
     if any(type(module).__module__.startswith(classic) for module in model.modules()):
         raise UnsupportedModel(
