@@ -256,6 +256,8 @@ def _skips_rounded_head(model: nn.Module) -> bool:
 
 
 def _save_prepared(self: nn.Module, *args, **kwargs) -> None:
+    if not _layers(self):  # a copy that was converted since
+        return type(self).save_pretrained(self, *args, **kwargs)
     self.config.quantization_config = PREPARED
     try:
         type(self).save_pretrained(self, *args, **kwargs)

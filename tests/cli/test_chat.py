@@ -16,8 +16,8 @@ from companion.cli.stages import save_tokenizer
 from companion.course.sources import load_tokenizer
 from companion.errors import DataWarning, UnsupportedModel
 from companion.evaluation.generation import answers
+from companion.formats.hub import save_quantized
 from companion.formats.onnx.export import export_onnx
-from companion.qat.saved import save_quantized
 from tests import tiny
 
 runner = CliRunner()

@@ -294,8 +294,10 @@ def test_a_checkpoint_does_not_open_without_its_rounding(tmp_path):
         with pytest.raises(ValueError, match="quant_method"):
             hf.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
     assert not hasattr(run.model.config, "quantization_config")
-    with pytest.raises(WrongStage, match="save_quantized"):
-        convert(run.model).save_pretrained(tmp_path / "x")
+    small = convert(run.model)
+    small.save_pretrained(tmp_path / "small")
+    again, ids = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small"), torch.arange(8)[None]
+    assert torch.equal(again(ids).logits, small(ids).logits)
 
 
 def test_learned_steps_do_not_decay(tmp_path):
