@@ -25,10 +25,6 @@ for run in sorted(MEASURED, key=lambda run: run["seed"]):
         CELLS.setdefault((run["scheme"], run["method"]), []).append(run)
 TABLE = tabulate([r for (s, _), runs in CELLS.items() if s != "float" for r in runs]
                  + CELLS["float", "float"], PACKAGES)  # fmt: skip
-VERDICTS = {(v["family"], v["scheme"], v["first"], v["second"]): v["verdict"]
-            for v in CONTENT["verdicts"]}  # fmt: skip
-
-
 README = {
     "GPTQ, in a minute": "gptq",
     "AutoRound, in its own package": "autoround",
@@ -80,6 +76,45 @@ def test_verdicts_follow_from_the_records():
     again = judge(CONTENT["records"], PACKAGES, FAMILIES, BUDGET.steps)
     assert {v["family"] for v in again} == set(FAMILIES)  # every family is complete
     assert again == CONTENT["verdicts"]
+
+
+TOLD = {"D": ["better", "better", "better", "tie"], "E": ["tie", "better", "tie", "better"],
+        "F": ["better", "better"], "G": ["better", "tie", "tie"], "H": ["better", "tie"]}  # fmt: skip
+"""What chapter 11 and the README say of each family, in the order of the file."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verdicts_are_those_that_are_told(family):
+    found = [v["verdict"] for v in CONTENT["verdicts"] if v["family"] == family]
+    assert found == TOLD[family]
+
+
+def lead(scheme: str, first: list[dict], second: list[dict]):
+    """By how much the second runs are worse."""
+    return worse(Results(second, PACKAGES), Results(first, PACKAGES))
+
+
+def test_where_gptq_and_autoround_stand():
+    for scheme in ("W4 g32", "W3 g32", "W2 g32"):
+        assert 0.7 < TABLE.loc[(scheme, "gptq"), "recovered"] < 0.8  # "about three quarters"
+        labels = [name for name in TABLE.loc[scheme].index if name.endswith("labels, first")]
+        for name in labels:  # "do not take any arm past it"
+            assert lead(scheme, CELLS[scheme, name], CELLS[scheme, "gptq"]).low < 0
+    ahead = {s: lead(s, CELLS[s, "autoround"], CELLS[s, "lsq calibrated, teacher, first"])
+             for s in ("W3 g32", "W2 g32")}  # fmt: skip
+    assert ahead["W2 g32"].low > 0.01
+    assert abs(ahead["W3 g32"].value) < 0.01
+    times = CONTENT["time"]
+    assert times["autoround"] > 2 * times["lsq calibrated, teacher, first"]
+
+
+@pytest.mark.parametrize("scheme", ["W2 g32", "W3 g32"])
+@pytest.mark.parametrize("method", ["lsq calibrated", "torchao"])
+def test_at_equal_time_labels_stay_behind_the_teacher(scheme, method):
+    longer = [run for run in MEASURED if run["steps"] == EQUAL[method.split(" ")[0]]
+              and (run["scheme"], run["method"]) == (scheme, f"{method}, labels, first")]  # fmt: skip
+    assert len(longer) == 3
+    assert lead(scheme, CELLS[scheme, f"{method}, teacher, first"], longer).low > 0
 
 
 def test_the_text_is_not_new_to_the_model():
