@@ -132,12 +132,15 @@ class Job:
     steps : int, optional
         Default: those of the budget.
     draws : tuple of int
+    rates : tuple of float, optional
+        Learning rates to begin with. Default: those of the budget.
     """
 
     arm: Arm
     scheme: QuantScheme | None = None
     steps: int | None = None
     draws: tuple[int, ...] = SEEDS
+    rates: tuple[float, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -227,7 +230,8 @@ class Study:
         """Try rates at the budget's steps until the best is inside the range, and return it."""
         job = replace(job, steps=None)
         budget = self.budget
-        rates = sorted(budget.float_rates if job.arm.method == "float" else budget.rates)
+        usual = budget.float_rates if job.arm.method == "float" else budget.rates
+        rates = sorted(job.rates or usual)
         if self.small:
             return rates[1]
         found: dict[float, float] = {}
