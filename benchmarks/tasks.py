@@ -31,7 +31,7 @@ from companion.study.tables import scheme_name
 
 TUNED = QuantScheme(2)
 TRAINED = (QuantScheme(4), QuantScheme(3, None), QuantScheme(2), QuantScheme(2, None))
-SCHEMES = (W8A8, *TRAINED)  # at eight bits there is nothing to train for: chapter 13
+SCHEMES = (W8A8, *TRAINED)  # at eight bits there is nothing to train for: chapter 14
 LEARNED = Arm("lsq", lambda model, scheme, task, skip: prepare_qat(model, scheme, skip=skip))
 IMITATION = replace(LEARNED, name="imitation", distil=True)
 """The learned step size, with the start of the run as the teacher."""

@@ -531,7 +531,7 @@ print("two bits, nearest, lose more:", all(e.low > clueless for e in two))
 #
 # **Who shares a range?** So far weights were rounded and inputs were not. The integer kernels of
 # PyTorch's CPU want both in eight bits, with one range for all inputs of a layer (W8A8; of those eight
-# the kernel leaves seven to the inputs, see [](ch14)). Others give each token a range of its own (W4A8).
+# the kernel leaves seven to the inputs, see [](ch15)). Others give each token a range of its own (W4A8).
 
 
 # %%

@@ -83,7 +83,7 @@ print(
 # nothing to imitate and learns from the labels. The language model's rows are older than [](ch11)'s
 # study: three quarters of four hundred steps in floating point, the rest under rounding with a teacher,
 # and measured on twenty documents of unequal length. At eight bits only rounding was tried. That was a
-# choice and not a finding: [](ch13) shows that eight bits in docs-lm's *weights* leave nothing to
+# choice and not a finding: [](ch14) shows that eight bits in docs-lm's *weights* leave nothing to
 # recover, but W8A8 rounds the inputs as well, which costs docs-lm a little and SmolLM2 more than a nat
 # ([](ch09)).
 #
@@ -504,7 +504,7 @@ for scheme in ("W4 g32", "W2 row"):
 #
 # - *Steps.* The language model had four hundred, these tasks a hundred. On topics and code words QAT
 #   has to learn the task in them *and* to mend what rounding broke, while GPTQ starts from a control
-#   that spent all of them on the task. [](ch13) shows the same in small.
+#   that spent all of them on the task. [](ch14) shows the same in small.
 # - *Data.* There are only a few labelled passages to learn from, and MiniLM was pre-trained to fetch, so
 #   summaries have little to teach it. More training of either kind could hardly add to that.
 # - *Measurement.* With five to seven hundred examples and three seeds the intervals are several points

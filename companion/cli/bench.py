@@ -1,6 +1,6 @@
 """How fast language models are: reading a prompt, and going on with it, side by side.
 
-Built in chapter 14.
+Built in chapter 15.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A conversation with a model in the terminal, at any stage.
 
-Built in the chapter on chat models.
+Built in chapter 13.
 """
 
 from __future__ import annotations

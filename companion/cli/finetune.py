@@ -1,6 +1,6 @@
 """Fine-tune, round and compare a model in one call, and keep what came of it.
 
-Built in chapter 14.
+Built in chapter 15.
 """
 
 from __future__ import annotations

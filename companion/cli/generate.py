@@ -1,6 +1,6 @@
 """A language model goes on with a text, and the text is shown as it comes.
 
-Built in chapter 14, and in the chapter on chat models.
+Built in chapter 15 and chapter 13.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A model at any stage by its name: from the Hub, fine-tuned and saved, or exported.
 
-Built in chapter 14.
+Built in chapter 15.
 """
 
 from __future__ import annotations

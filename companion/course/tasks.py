@@ -1,6 +1,6 @@
 """Tasks by name, with fixed splits; nearly all are readable without a network.
 
-Built in chapters 2, 8 and 12, and in the chapter on chat models.
+Built in chapters 2, 8, 12 and 13.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Chats: the prompt is read, the answer is learned.
 
 A conversation is written out by the tokenizer's own template, and only what the assistant answers
-is scored, up to and including the token that ends its turn. Built in the chapter on chat models.
+is scored, up to and including the token that ends its turn. Built in chapter 13.
 
 References
 ----------

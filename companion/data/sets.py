@@ -1,7 +1,7 @@
 """Data sets from files, read here, and from the Hub, through `datasets`; some are known by name.
 
 Files are read without `datasets`, which takes brackets in their names for patterns. Built in
-chapters 8 and 12, and in the chapter on chat models.
+chapters 8, 12 and 13.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a language model answers, and how good the answers are.
 
 Answers come in batches, padded on the left, so that every prompt ends where its answer begins.
-Built in the chapter on chat models.
+Built in chapter 13.
 
 References
 ----------

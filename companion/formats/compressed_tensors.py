@@ -1,6 +1,6 @@
 """`export_compressed_tensors`: a converted model in the format that vLLM and transformers load.
 
-Built in chapter 14.
+Built in chapter 15.
 """
 
 from __future__ import annotations

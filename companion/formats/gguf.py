@@ -2,7 +2,7 @@
 
 llama.cpp stores weights in blocks of 32 that share a float16 scale. What was trained in groups of 32, or
 of a multiple of it, is such blocks already: nothing is rounded again, and no scale is estimated anew.
-Built in chapter 14.
+Built in chapter 15.
 
 References
 ----------

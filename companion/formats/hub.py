@@ -1,7 +1,7 @@
 """The folder of a converted model: safetensors and settings that transformers opens, hash-checked.
 
 `save_quantized` and `save_pretrained` write it; `load_quantized` and, for models of transformers,
-``AutoModel....from_pretrained`` after ``import companion`` read it. Built in chapter 14.
+``AutoModel....from_pretrained`` after ``import companion`` read it. Built in chapter 15.
 """
 
 from __future__ import annotations

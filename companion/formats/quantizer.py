@@ -1,6 +1,6 @@
 """The method "companion" as transformers' `from_pretrained` calls it.
 
-`companion.formats.registration` registers it. Built in chapter 14.
+`companion.formats.registration` registers it. Built in chapter 15.
 """
 
 from __future__ import annotations

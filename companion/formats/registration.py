@@ -2,7 +2,7 @@
 
 transformers looks for methods in two tables and knows no entry points. Importing it here would make
 ``import companion`` take seconds; so the tables are written to when they come to be. Built in
-chapter 14.
+chapter 15.
 """
 
 from __future__ import annotations

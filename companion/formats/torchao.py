@@ -1,6 +1,6 @@
 """`to_torchao`: a converted model handed on, as torchao's tensors with the same integers.
 
-Built in chapter 16.
+Built in chapter 17.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Nothing is kept for the backward pass but the weight itself and its scales: what was rounded to
 where costs less to compute again than to write to memory and to read from it. On a CPU the
-weight is gone through in parts that stay in the cache. Built in chapters 10 and 15.
+weight is gone through in parts that stay in the cache. Built in chapters 10 and 16.
 
 References
 ----------

@@ -1,6 +1,6 @@
 """Low-rank adapters and rounding: inside it, where merging is exact, or outside, as it is shipped.
 
-Built in chapter 11 (inside) and in the chapter on chat models (outside, saved, configured).
+Built in chapter 11 (inside) and in chapter 13 (outside, saved, configured).
 
 References
 ----------

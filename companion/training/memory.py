@@ -1,6 +1,6 @@
 """How much memory training takes, by arithmetic and by measurement.
 
-Built in chapter 15.
+Built in chapter 16.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `accelerate launch` and `torchrun` start a script several times. Each process then reads every
 batch and computes its share of the rows; the gradients are averaged. Built
-in chapter 15.
+in chapter 16.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Launched(Processes):
         if self._accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
             raise ValueError(
                 "fit() does not let Accelerate shard the model: launch plain processes, and shard "
-                "it yourself before, with torch.distributed.fsdp.fully_shard (chapter 15)"
+                "it yourself before, with torch.distributed.fsdp.fully_shard (chapter 16)"
             )
         super().__init__(self._accelerator.device)
         self.count, self._index = self._accelerator.num_processes, self._accelerator.process_index

@@ -2,7 +2,7 @@
 
 Of every scored prediction the k most probable tokens are kept, and how much probability all others
 have together. Rows are found again by their contents, so that their order and the batches that they
-come in do not matter. Built in the chapter on chat models.
+come in do not matter. Built in chapter 13.
 
 References
 ----------

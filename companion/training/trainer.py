@@ -2,7 +2,7 @@
 
 Both train what `prepare_qat` returns as they train any model. What they need help with stands here:
 a late start, steps that are frozen near the end, checkpoints that go on exactly, a teacher.
-Built in the chapter on chat models.
+Built in chapter 13.
 
 Examples
 --------

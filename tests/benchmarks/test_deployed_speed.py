@@ -1,4 +1,4 @@
-"""The claims of chapter 14 on speed and size, held against the committed results; one small run."""
+"""The claims of chapter 15 on speed and size, held against the committed results; one small run."""
 
 import importlib.util
 import json

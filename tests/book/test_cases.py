@@ -1,4 +1,4 @@
-"""Every published figure of chapter 16 has a primary source that the bibliography lists."""
+"""Every published figure of chapter 17 has a primary source that the bibliography lists."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def test_every_case_names_where_it_was_published():
 
 def test_every_cited_report_of_the_chapter_can_be_found():
     known = entries()
-    text = (BOOK / "ch16_real_world.py").read_text() + (BOOK / "next.md").read_text()
+    text = (BOOK / "ch17_real_world.py").read_text() + (BOOK / "next.md").read_text()
     cited = set(re.findall(r"\{cite:[pt]\}`([^`]+)`", text))
     assert {case["source"] for case in CASES + COSTS} <= cited
     for key in cited:

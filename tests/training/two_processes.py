@@ -118,7 +118,7 @@ def train(
 
 
 def gather(sharded: nn.Module, model: nn.Module) -> dict:
-    """Put a sharded model together as chapter 15 tells it, and convert it in the first process."""
+    """Put a sharded model together as chapter 16 tells it, and convert it in the first process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     weights = get_model_state_dict(

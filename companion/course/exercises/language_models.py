@@ -113,12 +113,12 @@ LANGUAGE_MODELS: dict[str, Exercise] = {
             (np.eye(4),),
         ],
     ),
-    "ch13-questions": Exercise(
+    "ch14-questions": Exercise(
         lambda damage: math.floor(1.96**2 * (1 - damage) / damage) + 1,
         "square both sides of damage > 1.96 * sqrt(damage * (1 - damage) / n) and solve for n.",
         [(3 / 198,), (0.1,), (0.002,)],
     ),
-    "ch13-budget": Exercise(
+    "ch14-budget": Exercise(
         lambda megabytes, parameters, group_size: max(
             (b for b in (8, 4, 3, 2) if (b + 16 / group_size) * parameters <= 8e6 * megabytes),
             default=0,
@@ -126,7 +126,7 @@ LANGUAGE_MODELS: dict[str, Exercise] = {
         "a weight takes bits + 16 / group_size bits, and a megabyte has eight million.",
         [(2.0, 3_410_176, 32), (1.0, 3_410_176, 32), (4500.0, 8e9, 32), (3.0, 8e6, 16)],
     ),
-    "ch14-unsigned": Exercise(
+    "ch15-unsigned": Exercise(
         lambda weights, inputs: int(((weights.long() - 128) * inputs.long()).sum()),
         "the sum of (w + 128) * x is the sum of w * x plus 128 times the sum of x.",
         [
@@ -134,29 +134,29 @@ LANGUAGE_MODELS: dict[str, Exercise] = {
             (torch.full((300,), 255, dtype=torch.uint8), torch.full((300,), 127)),
         ],
     ),
-    "ch14-limit": Exercise(
+    "ch15-limit": Exercise(
         lambda weights, bits, group_size, bandwidth: (
             1e3 * weights * (bits / 8 + 4 / group_size) / (1e9 * bandwidth)
         ),
         "a weight takes bits / 8 bytes and its part of a 4-byte scale; a gigabyte has 1e9 bytes.",
         [(134e6, 4, 32, 20.0), (7e9, 8, 64, 50.0), (1e6, 2, 32, 11.5)],
     ),
-    "ch15-cards": Exercise(
+    "ch16-cards": Exercise(
         lambda parameters, gigabytes: math.ceil(16 * parameters / (1e9 * gigabytes)),
         "four bytes for the weight, four for its gradient, eight for two moments; round up.",
         [(70e9, 80), (8e9, 24), (1e9, 16), (1.1e9, 16)],
     ),
-    "ch15-mean": Exercise(
+    "ch16-mean": Exercise(
         lambda rows, losses: sum(n * x for n, x in zip(rows, losses, strict=True)) / sum(rows),
         "a part with more rows weighs more: multiply by its rows, divide by all of them.",
         [([1, 2], [3.0, 6.0]), ([4, 4], [1.0, 2.0]), ([1, 1, 6], [8.0, 0.0, 4.0])],
     ),
-    "ch16-share": Exercise(
+    "ch17-share": Exercise(
         lambda control, ptq, qat: math.log(ptq / qat) / math.log(ptq / control),
         "the loss in nats is the logarithm of the perplexity.",
         [(29.461, 140.294, 48.768), (8.905, 11.878, 9.859)],
     ),
-    "ch16-cache": Exercise(
+    "ch17-cache": Exercise(
         lambda parameters, bits, layers, heads, width: (
             math.floor(parameters * bits / (8 * 2 * 2 * layers * heads * width)) + 1
         ),

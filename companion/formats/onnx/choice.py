@@ -1,6 +1,6 @@
 """How the next token is chosen: the settings that a model brings along, and the draw.
 
-Built in chapter 14.
+Built in chapter 15.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Tracing takes time for each layer, and the layers of a language model differ in their tensors alone.
 Whether that is so is checked three times: on the modules, on the operations of the whole model, and
 on the traced graph. Where it is not, the whole model is traced; so are layers with matrices in
-floating point, which the tracer transposes into constants. Built in chapter 14.
+floating point, which the tracer transposes into constants. Built in chapter 15.
 """
 
 from __future__ import annotations

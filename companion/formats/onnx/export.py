@@ -1,6 +1,6 @@
 """`export_onnx`: a converted model as an ONNX file, with the very integers that were trained.
 
-Built in chapter 14.
+Built in chapter 15.
 """
 
 from __future__ import annotations

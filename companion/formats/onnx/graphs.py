@@ -1,6 +1,6 @@
 """What is traced of a model: its inputs and outputs by kind, and which models no file can hold.
 
-Built in chapter 14.
+Built in chapter 15.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Layers as ONNX Runtime computes them: the same integers, laid out for its kernels.
 
 PyTorch's exporter turns each of them into operators of ONNX Runtime; none is meant to run in
-PyTorch. Built in chapter 14.
+PyTorch. Built in chapter 15.
 """
 
 from __future__ import annotations

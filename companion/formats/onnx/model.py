@@ -1,6 +1,6 @@
 """`OnnxModel`: an exported file, run by ONNX Runtime and asked like the model it came from.
 
-Built in chapter 14.
+Built in chapter 15.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whether a served file computes what was trained: integers, logits, answers, and the metric.
 
-Built in chapter 14.
+Built in chapter 15.
 """
 
 from __future__ import annotations

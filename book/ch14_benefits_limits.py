@@ -1,5 +1,5 @@
 # %% [markdown]
-# (ch13)=
+# (ch14)=
 # # Benefits and limits
 #
 # :::{epigraph}
@@ -680,7 +680,7 @@ print(
 # ## Exercises
 #
 # ```{exercise} How many questions would do?
-# :label: ch13-questions
+# :label: ch14-questions
 # Rounding breaks a share $d$ of the questions and repairs none. The paired difference then has the
 # standard error $\sqrt{d (1 - d) / n}$. Write `questions(damage)`: the smallest n for which the
 # damage exceeds 1.96 standard errors. Replace the `...` and run the cell.
@@ -691,10 +691,10 @@ print(
 def questions(damage): ...  # your turn
 
 
-check("ch13-questions", questions)
+check("ch14-questions", questions)
 
 # %% [markdown]
-# ```{solution} ch13-questions
+# ```{solution} ch14-questions
 # :class: dropdown
 # From $d > 1.96 \sqrt{d (1 - d) / n}$ follows $n > 1.96^2 (1 - d) / d$; the smallest whole number
 # above it.
@@ -706,7 +706,7 @@ def questions(damage):
     return int(1.96**2 * (1 - damage) / damage) + 1
 
 
-check("ch13-questions", questions)
+check("ch14-questions", questions)
 
 # %%
 print(
@@ -717,7 +717,7 @@ print(
 
 # %% [markdown]
 # ```{exercise} What fits into the basket
-# :label: ch13-budget
+# :label: ch14-budget
 # All of `parameters` are rounded, in groups of `group_size` with a float16 scale each. Write
 # `widest(megabytes, parameters, group_size)`: the most bits out of 8, 4, 3, 2 that fit into so many
 # megabytes (of a million bytes), or 0 if none does. Replace the `...` and run the cell.
@@ -728,10 +728,10 @@ print(
 def widest(megabytes, parameters, group_size): ...  # your turn
 
 
-check("ch13-budget", widest)
+check("ch14-budget", widest)
 
 # %% [markdown]
-# ```{solution} ch13-budget
+# ```{solution} ch14-budget
 # :class: dropdown
 # A weight takes its bits and its part of the scale, $b + 16 / g$. Go through the widths from the
 # top; the first that fits is the one that does the least damage.
@@ -751,7 +751,7 @@ def widest(megabytes, parameters, group_size):
     )
 
 
-check("ch13-budget", widest)
+check("ch14-budget", widest)
 
 # %% [markdown]
 # ## What we saw

@@ -1,5 +1,5 @@
 # %% [markdown]
-# (ch15)=
+# (ch16)=
 # # Beyond one machine
 #
 # :::{epigraph}
@@ -487,14 +487,14 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 #   model where it is; `export_onnx` takes it to the CPU.
 # - `PeakMemory("cuda")` reads PyTorch's own count, which is exact.
 # - W8A8 on a GPU computes what training simulated, since the int8 kernel is the CPU's. Weight-only
-#   models multiply floats there, too: for speed hand them on to torchao ([](ch16)).
+#   models multiply floats there, too: for speed hand them on to torchao ([](ch17)).
 # - Curves on a CPU and on a GPU differ after some steps, and CUDA's default kernels may add up in another
 #   order each time.
 #
 # ## Exercises
 #
 # ```{exercise} How many cards?
-# :label: ch15-cards
+# :label: ch16-cards
 # Write `cards(parameters, gigabytes)`: the fewest devices of `gigabytes` (of $10^9$ bytes) that hold
 # weights, gradients and moments of float32 training, shared evenly, nothing else counted. Replace the
 # `...` and run the cell.
@@ -505,10 +505,10 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 def cards(parameters, gigabytes): ...  # your turn
 
 
-check("ch15-cards", cards)
+check("ch16-cards", cards)
 
 # %% [markdown]
-# ```{solution} ch15-cards
+# ```{solution} ch16-cards
 # :class: dropdown
 # Sixteen bytes for each parameter, divided by the bytes of a device, rounded up.
 # ```
@@ -519,11 +519,11 @@ def cards(parameters, gigabytes):
     return int(-(-16 * parameters // (1e9 * gigabytes)))
 
 
-check("ch15-cards", cards)
+check("ch16-cards", cards)
 
 # %% [markdown]
 # ```{exercise} A share of the mean
-# :label: ch15-mean
+# :label: ch16-mean
 # Processes with `rows` (a list of counts) have found the mean losses `losses` of their parts. Write
 # `mean_loss(rows, losses)`: the mean over all rows. Replace the `...` and run the cell.
 # ```
@@ -533,10 +533,10 @@ check("ch15-cards", cards)
 def mean_loss(rows, losses): ...  # your turn
 
 
-check("ch15-mean", mean_loss)
+check("ch16-mean", mean_loss)
 
 # %% [markdown]
-# ```{solution} ch15-mean
+# ```{solution} ch16-mean
 # :class: dropdown
 # Each part weighs its share of the rows. The plain mean of the losses is right only where all
 # parts have the same size.
@@ -550,7 +550,7 @@ def mean_loss(rows, losses):
     ) / sum(rows)
 
 
-check("ch15-mean", mean_loss)
+check("ch16-mean", mean_loss)
 
 # %% [markdown]
 # ## What we saw

@@ -1,5 +1,5 @@
 # %% [markdown]
-# (ch16)=
+# (ch17)=
 # # Real-world examples
 #
 # :::{epigraph}
@@ -12,7 +12,7 @@
 #
 # The models of this course are small so that every number can be computed again. This chapter runs the
 # same calls on the architectures people use, reads what larger teams have published with the
-# questions of [](ch07) and [](ch13) in hand, and shows the ways out: to torchao, to an evaluation
+# questions of [](ch07) and [](ch14) in hand, and shows the ways out: to torchao, to an evaluation
 # harness, and from the old API to the new one.
 #
 # **What you will learn**
@@ -118,7 +118,7 @@ print(
 
 # %% [markdown]
 # (Fifteen steps at two bits, so that the page is quick. [](ch11) has the comparison with intervals and
-# controls; the rate for a larger model is a guess, see [](ch13).)
+# controls; the rate for a larger model is a guess, see [](ch14).)
 #
 # ### The architectures people use
 #
@@ -246,7 +246,7 @@ print(costs[["case", "what", "value", "unit"]].to_string(index=False))
 # common runtimes serve. That is our default recipe, in large. The report prints bytes, not quality: with
 # it, the weights of the largest fall to about a quarter. The three rows above are others'
 # training of the 4B model {cite:p}`torchao2026qat`; one model, three metrics, three shares. The largest is
-# the one that [](ch13) took apart: two questions of three.
+# the one that [](ch14) took apart: two questions of three.
 #
 # **Llama 3.2** {cite:p}`llama2024card`. Meta gives what few give: plain rounding, a rotation that needs no
 # training of weights (SpinQuant {cite:p}`liu2025spinquant`), and QAT with LoRA, on every benchmark, with
@@ -259,7 +259,7 @@ print(costs[["case", "what", "value", "unit"]].to_string(index=False))
 # nearly all of HellaSwag came back. Two rows further, the same library, model and number of steps brought
 # back far less {cite:p}`torchao2024readme`. There the inputs stay in float and the rate is a tenth; both
 # changed at once, so the table cannot say which did it. Training under rounding cost a third of the
-# speed there, and few gigabytes, with checkpointing: [](ch15) says why so few.
+# speed there, and few gigabytes, with checkpointing: [](ch16) says why so few.
 #
 # **Qwen3** {cite:p}`torchtune2025`. One model, two metrics, and the share halves. It even depends on the
 # scale on which one and the same metric is read:
@@ -303,7 +303,7 @@ print(
 )
 
 # %% [markdown]
-# Its home is other hardware: on a CPU these tensors were slower than float32 in [](ch14).
+# Its home is other hardware: on a CPU these tensors were slower than float32 in [](ch15).
 #
 # ## Evaluate with lm-eval
 #
@@ -435,7 +435,7 @@ print(
 # ## Exercises
 #
 # ```{exercise} Recovered, of what?
-# :label: ch16-share
+# :label: ch17-share
 # Write `share_in_nats(control, ptq, qat)`: the share recovered, computed in nats, from three
 # perplexities. Replace the `...` and run the cell.
 # ```
@@ -445,10 +445,10 @@ print(
 def share_in_nats(control, ptq, qat): ...  # your turn
 
 
-check("ch16-share", share_in_nats)
+check("ch17-share", share_in_nats)
 
 # %% [markdown]
-# ```{solution} ch16-share
+# ```{solution} ch17-share
 # :class: dropdown
 # A perplexity is $e$ to the loss: take logarithms first, then the share as always.
 # ```
@@ -461,11 +461,11 @@ def share_in_nats(control, ptq, qat):
     )
 
 
-check("ch16-share", share_in_nats)
+check("ch17-share", share_in_nats)
 
 # %% [markdown]
 # ```{exercise} Weights or cache?
-# :label: ch16-cache
+# :label: ch17-cache
 # With weights of `bits` bits (scales aside), from how many tokens on does the cache of keys and values
 # take more bytes than the weights? Write `longer_than(parameters, bits, layers, heads, width)`, for
 # `heads` key-value heads of `width` numbers in each of `layers` layers, each number in two bytes: the
@@ -477,10 +477,10 @@ check("ch16-share", share_in_nats)
 def longer_than(parameters, bits, layers, heads, width): ...  # your turn
 
 
-check("ch16-cache", longer_than)
+check("ch17-cache", longer_than)
 
 # %% [markdown]
-# ```{solution} ch16-cache
+# ```{solution} ch17-cache
 # :class: dropdown
 # A token keeps a key and a value in each layer and head: $2 \cdot 2 \cdot$ layers $\cdot$ heads $\cdot$
 # width bytes. Divide the bytes of the weights by it; the next whole number is the answer.
@@ -492,7 +492,7 @@ def longer_than(parameters, bits, layers, heads, width):
     return int(parameters * bits / 8 // (4 * layers * heads * width)) + 1
 
 
-check("ch16-cache", longer_than)
+check("ch17-cache", longer_than)
 
 # %% [markdown]
 # ## What we saw

@@ -1,5 +1,5 @@
 # %% [markdown]
-# (ch14)=
+# (ch15)=
 # # Dorothy deploys
 #
 # :::{epigraph}
@@ -646,7 +646,7 @@ print("the same 20 tokens:", ours == theirs[0, prompt.shape[1] :].tolist())
 # ## Exercises
 #
 # ```{exercise} Unsigned, and still right
-# :label: ch14-unsigned
+# :label: ch15-unsigned
 # A runtime stores eight-bit weights as `w + 128` in unsigned bytes. Write `signed_product(weights,
 # inputs)`, which returns the sum of `w * x` for such weights and a tensor of int64 inputs, as a Python
 # integer. Mind the type in which you add. Replace the `...` and run the cell.
@@ -657,10 +657,10 @@ print("the same 20 tokens:", ours == theirs[0, prompt.shape[1] :].tolist())
 def signed_product(weights, inputs): ...  # your turn
 
 
-check("ch14-unsigned", signed_product)
+check("ch15-unsigned", signed_product)
 
 # %% [markdown]
-# ```{solution} ch14-unsigned
+# ```{solution} ch15-unsigned
 # :class: dropdown
 # Widen first, subtract after: $\sum (w + 128) x - 128 \sum x = \sum w x$.
 # ```
@@ -671,11 +671,11 @@ def signed_product(weights, inputs):
     return int((weights.long() * inputs).sum() - 128 * inputs.sum())
 
 
-check("ch14-unsigned", signed_product)
+check("ch15-unsigned", signed_product)
 
 # %% [markdown]
 # ```{exercise} As fast as memory
-# :label: ch14-limit
+# :label: ch15-limit
 # Write `limit_ms(weights, bits, group_size, bandwidth)`: the least time for a token in milliseconds, for
 # `weights` of `bits` bits with a float32 scale for each group, at `bandwidth` gigabytes (of $10^9$ bytes)
 # per second. Replace the `...` and run the cell.
@@ -686,10 +686,10 @@ check("ch14-unsigned", signed_product)
 def limit_ms(weights, bits, group_size, bandwidth): ...  # your turn
 
 
-check("ch14-limit", limit_ms)
+check("ch15-limit", limit_ms)
 
 # %% [markdown]
-# ```{solution} ch14-limit
+# ```{solution} ch15-limit
 # :class: dropdown
 # Bytes over bytes per second, and a thousand milliseconds in one.
 # ```
@@ -700,7 +700,7 @@ def limit_ms(weights, bits, group_size, bandwidth):
     return 1000 * weights * (bits / 8 + 4 / group_size) / (1e9 * bandwidth)
 
 
-check("ch14-limit", limit_ms)
+check("ch15-limit", limit_ms)
 
 # %% [markdown]
 # ## What we saw
