@@ -1,6 +1,6 @@
 """A language model goes on with a text, and the text is shown as it comes.
 
-Built in chapter 15 and chapter 13.
+Built in chapters 13 and 15.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Each function returns plain Python values for the three splits of the corpus, which were made by
 source file: no text of a held-out file is trained on. Those for chats split the files anew, since
-they hold out more. Built in chapter 12 and chapter 13.
+they hold out more. Built in chapters 12 and 13.
 """
 
 from __future__ import annotations
