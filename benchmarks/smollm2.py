@@ -32,7 +32,7 @@ LONG = 600
 """Steps of the longest run of the curve."""
 BUDGET = Budget((2e-5, 6e-5, 2e-4), (5e-5, 1.5e-4, 5e-4), bfloat16=True)
 W4_ROW = QuantScheme(4, None)
-AROUND = {W2: (5e-4, 1.5e-3, 4.5e-3), W3: (1.5e-4, 5e-4, 1.5e-3)}
+AROUND = (1.5e-4, 5e-4, 1.5e-3)
 """Rates that the calibrated arm begins with: around the best of the plain one."""
 LEARNED, TORCHAO = Arm("lsq", calibrated=True), Arm("torchao")
 DEFAULT = replace(LEARNED, target="teacher", start="late")
@@ -63,7 +63,7 @@ def jobs() -> Work:
     late = [replace(arm, start="late") for arm in (LEARNED, TORCHAO)]
     queue: list = [Job(FLOAT)]
     for s in (W2, W3):
-        queue += [Job(LEARNED, s, rates=AROUND[s]), Job(TORCHAO, s)]
+        queue += [Job(LEARNED, s, rates=AROUND), Job(TORCHAO, s)]
         queue += [("ptq", s, draw) for draw in SEEDS]
     queue += [Job(arm, W4) for arm in (LEARNED, TORCHAO)]
     queue += [Job(arm, s) for s in (W2, W3) for arm in taught]
