@@ -45,7 +45,7 @@ NIGHT = {
 def middle(y: float) -> float:
     """Return where the middle of the road lies: before us, then to the left, then to the city."""
     depth = max(0.0, HEIGHT - y) / (HEIGHT - 318)
-    return 600 + 250 * depth**2.2 - 120 * sin(3.1 * depth) * depth**0.5 * (1 - 0.2 * depth)
+    return 600 + 276 * depth**2.2 - 120 * sin(3.1 * depth) * depth**0.5 * (1 - 0.2 * depth)
 
 
 def half(y: float) -> float:
@@ -78,7 +78,7 @@ def sky(light: dict) -> str:
 def land(light: dict) -> str:
     return (
         f'<path d="M0 330C120 270 220 300 330 322 470 350 560 300 700 312 820 322 900 270 1020 286 1110 298 1160 320 1200 300V630H0Z" fill="{light["far"]}"/>'
-        + city(838, 314, 0.92, *light["city"])
+        + city(866, 314, 0.92, *light["city"])
         + f'<path d="M0 372C110 322 260 336 380 372 520 410 600 330 760 318 900 308 1000 340 1200 346V630H0Z" fill="{light["hill"]}"/>'
         f'<path d="M0 420C140 380 280 400 420 440 560 470 640 400 800 380 960 362 1080 400 1200 392V630H0Z" fill="{light["near"]}"/>'
         f'<path d="M0 500C160 456 330 486 470 520 600 540 760 480 900 462 1020 448 1120 470 1200 456V630H0Z" fill="{light["lawn"]}"/>'
@@ -183,11 +183,11 @@ def draw(light: dict) -> str:
     if night:
         body += (
             '<linearGradient id="dusk" x1="0" y1="0" x2="0" y2="1"><stop offset="0" stop-color="#101c4a" stop-opacity="0"/>'
-            f'<stop offset=".2" stop-color="#101c4a" stop-opacity=".22"/></linearGradient><rect y="230" width="{WIDTH}" height="400" fill="url(#dusk)"/>'
+            f'<stop offset=".2" stop-color="#101c4a" stop-opacity=".13"/></linearGradient><rect y="230" width="{WIDTH}" height="400" fill="url(#dusk)"/>'
         )
         body += use("glow", 889, 372, 2.4) + use("spark", 889, 372, 1.2)
     body += shine + scales(light) + cascade() + lattice(600, 398, 244, layers=5, across=5, night=night) + drops
     body += f'<path d="M0 640C90 566 200 590 300 640Z" fill="{light["deep"]}"/><path d="M1200 640C1100 580 980 590 900 640Z" fill="{light["deep"]}"/>'
-    body += wheat([(18, 650, 1.5, 8), (58, 652, 1.3, -6), (98, 656, 1.5, 12), (146, 660, 1.15, 3), (1186, 650, 1.45, -8), (1142, 656, 1.25, 6), (1098, 662, 1.2, -12)])  # fmt: skip
+    body += wheat([(18, 650, 1.5, 8), (58, 652, 1.3, -6), (94, 664, 1.25, 9), (1186, 650, 1.45, -8), (1142, 656, 1.25, 6), (1098, 662, 1.2, -12)])  # fmt: skip
     body += grain(WIDTH, HEIGHT, *light["grain"])
     return document(WIDTH, HEIGHT, "Dorothy, the Wizard and the model on the yellow brick road", body)  # fmt: skip

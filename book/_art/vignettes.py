@@ -98,21 +98,20 @@ def course(x: float, y: float, widths: list[float], high: float = 30, lit: tuple
 
 def recipe() -> str:
     road = straight(220, 340, 236, 300, 60)
-    card = '<g transform="translate(346 168) rotate(9) scale(1.15)"><use href="#card"/><use href="#card-lines"/></g>'
+    card = '<g transform="translate(352 140) rotate(9) scale(1.15)"><use href="#card"/><use href="#card-lines"/></g>'
     return (
         ground("evening") + disc(232, 150, 84) + field(0, 440, 262, 0.5, 3, 20) + road + card
-        + shadow(286, 288, 60) + use("basket", 286, 178, 1.95)
-        + shadow(132, 292, 66) + use("toto-sitting", 132, 292, 1.55) + use("bark", 250, 170, 0.01)
-        + '<g transform="translate(232 190) rotate(-8)"><use href="#bark" transform="scale(.7)"/></g>'
+        + shadow(308, 290, 62) + use("basket", 308, 176, 2) + shadow(116, 294, 66)
+        + use("toto-sitting", 112, 294, 1.55) + use("bark", 226, 206, 0.85, turn=-6)
     )  # fmt: skip
 
 
 def shoes() -> str:
     return (
         ground("day") + city(330, 226, 0.55, "#2f9272", "#1f7459", "#f9e3a0") + disc(150, 120, 58)
-        + straight(214, 340, 214, 330, 18, 108) + shadow(208, 272, 120)
-        + use("silver-shoe", 150, 262, 5.4) + use("silver-shoe", 236, 278, 5.8)
-        + use("spark", 246, 186, 1.5) + use("spark", 372, 208, 1.0) + use("spark", 118, 170, 0.8)
+        + straight(214, 340, 214, 330, 18, 108) + shadow(210, 290, 150)
+        + use("great-shoe", 150, 242, 1.06) + use("great-shoe", 64, 268, 1.24)
+        + use("spark", 340, 168, 1.6) + use("spark", 300, 140, 0.9) + use("spark", 52, 150, 1.0)
     )  # fmt: skip
 
 
@@ -133,12 +132,12 @@ def guardian() -> str:
 
 
 def grid() -> str:
-    points = [(64, 96, 1), (150, 70, 1), (236, 118, 1), (322, 80, 1), (392, 122, 1)]
-    drops = "".join(falling(x, y - 44, y, 1.5) for x, y, _ in points)
+    points = [(48, 110), (112, 62), (176, 138), (232, 84), (300, 120)]
+    drops = "".join(falling(x, y - 44, y, 1.5) for x, y in points)
     row = course(-20, 232, [84] * 6, 44, (1, 3)) + course(-62, 282, [84] * 7, 44)
     return (
         ground("night", floor=0.6) + disc(220, 150, 96, "#29497f") + row
-        + f'<g transform="translate(306 214) rotate(32)">{use("mallet", 0, 0, 1.7)}</g>'
+        + f'<g transform="translate(404 92) rotate(212)">{use("mallet", 0, 0, 1.6)}</g>'
         + drops + use("glow", 105, 222, 2) + use("glow", 273, 222, 2)
     )  # fmt: skip
 
@@ -224,8 +223,8 @@ def woodman() -> str:
         ground("day", floor=0.74) + trees("day") + disc(206, 130, 84, "#fff4cf", 0.6)
         + shadow(112, 290, 60) + use("stump", 116, 294, 1.15) + shadow(226, 296, 66) + use("woodman", 226, 294, 1.26)
         + "".join(
-            f'<rect x="{330}" y="{282 - 20 * n}" width="{86 - 6 * n}" height="{t}" rx="2" fill="{c}"/>'
-            for n, (t, c) in enumerate(((15, "#7f93a6"), (11, "#93a6b7"), (7, "#b9c7d3"), (4, "#e6edf2")))
+            f'<rect x="{322 + 5 * n}" y="{y}" width="{94 - 10 * n}" height="{t}" rx="2" fill="{c}"/>'
+            for n, (y, t, c) in enumerate(((280, 18, "#7f93a6"), (267, 12, "#a9bac8"), (259, 7, "#c3d0da"), (255, 3, "#f2f6f9")))
         )
     )  # fmt: skip
 
@@ -253,7 +252,7 @@ def methods() -> str:
         '<path d="M244 166L312 122" stroke="#a9bac8" stroke-width="28" stroke-linecap="round"/><path d="M250 172L316 128" stroke="#7f93a6" stroke-width="8" stroke-linecap="round"/><circle cx="244" cy="166" r="12" fill="#5d7286"/>'
     )
     tools = (
-        '<path d="M344 224L392 60" stroke="#e6edf2" stroke-width="12"/><path d="M349 206L388 74" stroke="#93a6b7" stroke-width="3" stroke-dasharray="3 5"/><path d="M338 244L348 210" stroke="#c62f3b" stroke-width="17" stroke-linecap="round"/>'
+        '<path d="M372 112H390V200L381 214 372 200Z" fill="#dfe7ee"/><path d="M372 124h18M372 136h18M372 148h18M372 160h18M372 172h18M372 184h18" stroke="#93a6b7" stroke-width="3"/><path d="M373 62H389L386 114H376Z" fill="#c62f3b"/><circle cx="381" cy="62" r="5" fill="#f0c35a"/>'
         '<path d="M206 60C164 66 160 116 178 140M206 60C248 66 252 100 240 122" fill="none" stroke="#f0c35a" stroke-width="8" stroke-linecap="round"/><circle cx="206" cy="58" r="9" fill="#dca23a"/>'
     )
     lamp = use("glow", 300, 60, 6) + '<path d="M300 0V34" stroke="#16224a" stroke-width="4"/><path d="M272 60C274 36 326 36 328 60Z" fill="#c62f3b"/>'
@@ -276,7 +275,7 @@ def tasks() -> str:
 
 def voice() -> str:
     waves = "".join(
-        f'<path d="M{262 + 26 * n} {150 - 26 * n}Q{288 + 34 * n} 160 {262 + 26 * n} {170 + 26 * n}" fill="none" stroke="#fff3c4" stroke-width="7" stroke-linecap="round" opacity="{0.95 - 0.18 * n}"/>'
+        f'<path d="M{270 + 23 * n} {142 - 14 * n}A{34 + 28 * n} {34 + 28 * n} 0 0 1 {270 + 23 * n} {178 + 14 * n}" fill="none" stroke="#fff3c4" stroke-width="7" stroke-linecap="round" opacity="{0.95 - 0.18 * n}"/>'
         for n in range(4)
     )  # fmt: skip
     bubbles = (
@@ -317,19 +316,18 @@ def deploys() -> str:
 
 
 def together() -> str:
-    pole = '<path d="M62 158H236" stroke="#6d4526" stroke-width="8" stroke-linecap="round"/>'
+    pole = '<path d="M52 172H258" stroke="#6d4526" stroke-width="8" stroke-linecap="round"/>'
     return (
-        ground("dusk", floor=0.7) + disc(214, 120, 64, "#ffe0a0") + straight(220, 344, 250, 420, 300, rows=5)
-        + use("milestone", 412, 272, 1.0)
-        + shadow(60, 284, 40, 0.3) + use("scarecrow-walking", 60, 284, 0.96)
-        + lattice(150, 190, 62, layers=3, across=4, loose=0.7) + use("basket", 150, 150, 2.05)
-        + pole + shadow(238, 284, 40, 0.3) + use("woodman-walking", 238, 284, 0.96)
-        + shadow(340, 308, 76, 0.3) + use("lion", 336, 306, 1.02)
+        ground("dusk", floor=0.7) + disc(214, 110, 60, "#ffe0a0") + straight(220, 344, 250, 420, 300, rows=5)
+        + shadow(82, 284, 40, 0.3) + use("scarecrow-walking", 82, 284, 0.96)
+        + lattice(154, 212, 56, layers=3, across=4, loose=0.7) + use("basket", 154, 170, 1.75)
+        + shadow(228, 284, 40, 0.3) + use("woodman-walking", 228, 284, 0.96) + pole
+        + shadow(350, 308, 66, 0.3) + use("lion", 348, 306, 0.8) + use("milestone", 26, 316, 1.15)
     )  # fmt: skip
 
 
 def travellers() -> str:
-    crown = '<path d="M300 62L292 34 312 46 330 24 348 46 368 34 360 62Z" fill="#f0c35a"/><path d="M300 62H360V70H300Z" fill="#c98f2c"/>'
+    crown = '<g transform="translate(0 36)"><path d="M300 62L292 34 312 46 330 24 348 46 368 34 360 62Z" fill="#f0c35a"/><path d="M300 62H360V70H300Z" fill="#c98f2c"/></g>'
     bubbles = "".join(
         f'<g transform="translate({x} {y}) scale({s})"><path d="M-22-16h44a9 9 0 0 1 9 9v14a9 9 0 0 1-9 9H0l-9 11V16h-13a9 9 0 0 1-9-9v-14a9 9 0 0 1 9-9Z" fill="{c}"/><path d="M-18-4h36M-18 6h22" stroke="#16224a" stroke-width="4" stroke-linecap="round" opacity=".55"/></g>'
         for x, y, s, c in ((146, 96, 0.8, "#fdf2d6"), (196, 76, 0.9, "#f6b8a0"), (232, 112, 0.7, "#bfe0cf"))
@@ -362,6 +360,13 @@ CHAPTERS: dict[str, tuple[str, Callable[[], str]]] = {
     "ch16": ("Four friends carry the basket", together),
     "ch17": ("Three models at the gate", travellers),
 }
+def icon() -> str:
+    """Return one brick, and the point that settles on it: the course's mark."""
+    point = '<circle cx="100" cy="46" r="15" fill="#e0962a"/><circle cx="100" cy="46" r="9" fill="#fff3c4"/>'
+    mark = falling(100, 0, 46, 2.4) + '<g transform="translate(100 128) scale(1.5)"><use href="#brick"/></g>' + point
+    return document(200, 216, "A yellow brick", mark, 200)
+
+
 PLATE = (760, 400)  # the wide pictures of the tale
 
 
@@ -375,7 +380,7 @@ def at_the_curtain() -> str:
     sparks = use("glow", 410, 222, 3.4) + "".join(use("spark", x, y, s) for x, y, s in ((388, 196, 0.9), (436, 186, 1.2), (410, 160, 0.8), (452, 220, 0.7), (372, 228, 0.6)))  # fmt: skip
     windows = "".join(
         f'<path d="M{x - 30} 190V100a30 30 0 0 1 60 0V190Z" fill="#f8e7b6"/><path d="M{x} 70V190M{x - 30} 130H{x + 30}" stroke="#14634a" stroke-width="6"/>'
-        for x in (90, 270)
+        for x in (84, 330)
     )  # fmt: skip
     return (
         ground("hall", wide, high, 0.84) + windows + '<path d="M500 0H760V350H500Z" fill="#2c1020"/>' + use("glow", 640, 120, 8)
@@ -394,12 +399,17 @@ def empty_recipe() -> str:
             drawn += f'<path d="M{x} 116L{x - 76} 284M{x} 116L{x + 76} 284" stroke="#24386f" stroke-width="3.5"/><path d="M{x - 90} 282H{x + 90}C{x + 70} 318 {x - 70} 318 {x - 90} 282Z" fill="#1d2f5f"/><path d="M{x - 90} 282H{x + 90}L{x + 86} 291H{x - 86}Z" fill="#4a6db0"/>'
         return drawn
 
+    day = (  # morning on the left, evening on the right
+        '<linearGradient id="day" x1="0" x2="1"><stop offset=".1" stop-color="#f9e4a8"/><stop offset=".5" stop-color="#e9a26a"/><stop offset=".9" stop-color="#24386f"/></linearGradient>'
+        f'<rect width="{wide}" height="318" fill="url(#day)"/>' + disc(92, 96, 44)
+        + f'<g transform="translate(400 0)">{stars(30, 270, 170, 5)}</g><path d="M676 60a34 34 0 1 0 30 50 28 28 0 1 1-30-50Z" fill="#fdf2d6"/>'
+        '<path d="M0 300C200 270 560 330 760 284V400H0Z" fill="#8a6a3c"/>'
+    )
     card = '<g transform="translate(474 338) rotate(-62) scale(.82)"><use href="#card"/><use href="#card-lines"/></g>'
     return (
-        ground("evening", wide, high, 0.78) + disc(650, 110, 60) + field(0, 760, 318, 0.6, 4, 22) + straight(380, 412, 320, 520, 330, rows=4)
+        ground("evening", wide, high, 0.78) + day + field(0, 760, 318, 0.6, 4, 22) + straight(380, 412, 320, 520, 330, rows=4)
         + balance() + use("basket", 200, 172, 1.95) + use("basket", 560, 172, 1.95)
-        + card + shadow(662, 372, 56) + use("toto-sitting", 672, 370, 1.3, flip=True)
-        + '<g transform="translate(566 254)">' + "</g>"
+        + card + shadow(690, 376, 56) + use("toto-sitting", 696, 374, 1.3, flip=True)
     )  # fmt: skip
 
 
@@ -409,8 +419,7 @@ def evening() -> str:
         ground("evening", wide, high, 0.72) + disc(556, 190, 84) + city(150, 268, 0.62, "#8a6a3c", "#765830", "#ffe9a6")
         + '<path d="M0 282C180 250 420 300 760 262V400H0Z" fill="#7a5428"/>' + straight(250, 412, 280, 330, 14, 330, rows=11)
         + field(0, 150, 330, 0.7, 3, 20) + field(520, 760, 330, 0.7, 5, 20)
-        + shadow(346, 372, 76, 0.3) + use("dorothy-walking", 346, 372, 1.38)
-        + lattice(290, 263, 40, layers=3, across=3, loose=0)
+        + lattice(291, 298, 58, layers=3, across=4, loose=0) + shadow(346, 372, 76, 0.3) + use("dorothy-walking", 346, 372, 1.38)
         + shadow(470, 378, 56, 0.3) + use("toto-walking", 470, 378, 1.15)
         + "".join(use("glow", x, y, s) for x, y, s in ((280, 214, 1.2), (300, 196, 1.0), (262, 190, 0.8)))
         + wheat([(20, 420, 1.3, 8), (60, 424, 1.1, -5), (742, 420, 1.35, -9), (700, 424, 1.1, 4)])
