@@ -2,7 +2,7 @@
 # (ch08)=
 # # A language model of our own
 #
-# ![The Scarecrow stands in the wheat with a hand at his chin and thinks.](_static/tale/ch08.svg)
+# ![The Scarecrow stands in the wheat and lifts a hand, as one does who is about to end a sentence.](_static/tale/ch08.svg)
 #
 # :::{epigraph}
 # Behind the green city the road ran through a field of wheat, and in it stood a Scarecrow, reading the

@@ -35,24 +35,34 @@ def drawings() -> dict[str, str]:
         made[f"tale/{name}.svg"] = vignettes.picture(title, drawing())
     for name, (title, drawing) in vignettes.TALE.items():
         wide, high = vignettes.PLATE
-        made[f"tale/{name}.svg"] = vignettes.picture(title, drawing(), wide, high, shown=wide)
+        made[f"tale/{name}.svg"] = vignettes.picture(
+            title, drawing(), wide, high, shown=wide
+        )
     return made
 
 
 def photograph(chromium: str) -> None:
     """Take the drawings that are needed as pixels."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox"]
+        )
         for name, (drawing, (wide, high)) in PIXELS.items():
-            page = browser.new_page(viewport={"width": wide, "height": high})
+            page = browser.new_page(
+                viewport={"width": wide, "height": high}
+            )
             picture = (STATIC / drawing).read_text()
             page.set_content(
                 "<style>* { margin: 0 } svg { display: block; width: 100vw; height: 100vh }</style>"
                 + picture
             )
-            pixels = Image.open(BytesIO(page.screenshot(omit_background=True)))
+            pixels = Image.open(
+                BytesIO(page.screenshot(omit_background=True))
+            )
             opaque = pixels.getextrema()[-1] == (255, 255)
-            (pixels.convert("RGB") if opaque else pixels).save(STATIC / name, optimize=True)
+            (pixels.convert("RGB") if opaque else pixels).save(
+                STATIC / name, optimize=True
+            )
         browser.close()
 
 
@@ -60,9 +70,17 @@ def main() -> None:
     (STATIC / "tale").mkdir(exist_ok=True)
     for name, text in drawings().items():
         (STATIC / name).write_text(text)
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+    chromium = next(
+        filter(
+            None,
+            map(shutil.which, ("chromium", "chromium-browser", "chrome")),
+        ),
+        None,
+    )
     if chromium is None:
-        print("No Chromium here: cover.png and favicon.png stay as they were.")
+        print(
+            "No Chromium here: cover.png and favicon.png stay as they were."
+        )
     else:
         photograph(chromium)
 

@@ -45,7 +45,11 @@ NIGHT = {
 def middle(y: float) -> float:
     """Return where the middle of the road lies: before us, then to the left, then to the city."""
     depth = max(0.0, HEIGHT - y) / (HEIGHT - 318)
-    return 600 + 276 * depth**2.2 - 120 * sin(3.1 * depth) * depth**0.5 * (1 - 0.2 * depth)
+    return (
+        600
+        + 276 * depth**2.2
+        - 120 * sin(3.1 * depth) * depth**0.5 * (1 - 0.2 * depth)
+    )
 
 
 def half(y: float) -> float:
@@ -72,7 +76,10 @@ def sky(light: dict) -> str:
         '<path d="M962 96c5-20 34-24 44-8 10-18 44-14 46 8 16-2 24 16 12 23H952c-14-4-10-23 10-23Z"/>'
         '<path d="M300 70c4-14 24-17 31-6 7-13 31-9 32 6 12-1 18 12 9 17h-78c-11-3-8-17 6-17Z"/>'
     )
-    return drawn + f'<g fill="{light["cloud"]}" opacity="{0.28 if night else 0.8}">{clouds}</g>'
+    return (
+        drawn
+        + f'<g fill="{light["cloud"]}" opacity="{0.28 if night else 0.8}">{clouds}</g>'
+    )
 
 
 def land(light: dict) -> str:
@@ -87,11 +94,22 @@ def land(light: dict) -> str:
 
 def road(light: dict) -> tuple[str, str, list]:
     """Return the road, the bricks on it that shine, and where those lie."""
-    laid = bricks(middle, half, HEIGHT + 14, 322, rows=24, across=8, power=1.9)
-    edge = [(middle(y) - half(y) - 4, y) for y in range(HEIGHT + 10, 318, -6)]
-    edge += [(middle(y) + half(y) + 4, y) for y in range(324, HEIGHT + 14, 6)]
-    wanted = [(x, y) for y in (478, 516, 556, 602) for x in (470, 536, 664, 730)]
-    lit = [min(laid, key=lambda b: dist(centre(b), (x, y + 4 * (x % 3)))) for x, y in wanted]
+    laid = bricks(
+        middle, half, HEIGHT + 14, 322, rows=24, across=8, power=1.9
+    )
+    edge = [
+        (middle(y) - half(y) - 4, y) for y in range(HEIGHT + 10, 318, -6)
+    ]
+    edge += [
+        (middle(y) + half(y) + 4, y) for y in range(324, HEIGHT + 14, 6)
+    ]
+    wanted = [
+        (x, y) for y in (478, 516, 556, 602) for x in (470, 536, 664, 730)
+    ]
+    lit = [
+        min(laid, key=lambda b: dist(centre(b), (x, y + 4 * (x % 3))))
+        for x, y in wanted
+    ]
     glow = "".join(
         f'<ellipse cx="{x:.1f}" cy="{y:.1f}" rx="44" ry="20" fill="url(#shine)" opacity=".85"/>'
         for x, y in map(centre, lit)
@@ -100,9 +118,16 @@ def road(light: dict) -> tuple[str, str, list]:
     for brick in lit:
         x, y = centre(brick)
         s = 3 + (y - 440) / 36
-        tiles += path([(x, y - s * 0.55), (x + s, y), (x, y + s * 0.55), (x - s, y)], "#1f7d5c")
+        tiles += path(
+            [(x, y - s * 0.55), (x + s, y), (x, y + s * 0.55), (x - s, y)],
+            "#1f7d5c",
+        )
     lamps = paving(lit, ["#fff3c4"])
-    return path(edge, light["joint"]) + paving(laid, light["bricks"]), glow + lamps + tiles, lit
+    return (
+        path(edge, light["joint"]) + paving(laid, light["bricks"]),
+        glow + lamps + tiles,
+        lit,
+    )
 
 
 def scales(light: dict) -> str:
@@ -111,7 +136,7 @@ def scales(light: dict) -> str:
     pans = ""
     for x in (392, 808):
         pans += f'<path d="M{x} 418L{x - 58} 520M{x} 418L{x + 58} 520" stroke="{cord}" stroke-width="2.5"/>'
-    pans += '<g transform="translate(392 466)">' + use("target", 0, 0, 1.02) + use("needle", 0, 0, 0.95) + "</g>"  # fmt: skip
+    pans += '<g transform="translate(392 466)">' + use("target", 0, 0, 1.02) + use("needle", 0, 0, 0.95, turn=11) + "</g>"  # fmt: skip
     pans += use("feather", 812, 486, 1.25, turn=8)
     for x in (392, 808):
         pans += f'<path d="M{x - 68} 518H{x + 68}C{x + 52} 548 {x - 52} 548 {x - 68} 518Z" fill="{metal}"/>'
@@ -162,9 +187,13 @@ def cascade() -> str:
     drawn = ""
     for side in (-1, 1):
         for step in range(9):
-            x = 600 + side * (134 + 26 * (step / 8) ** 0.6 + random.uniform(-9, 9))
+            x = 600 + side * (
+                134 + 26 * (step / 8) ** 0.6 + random.uniform(-9, 9)
+            )
             y = 108 + 34 * step + random.uniform(-8, 8)
-            drawn += falling(x, y - random.uniform(30, 64), y, random.uniform(0.55, 1.05))
+            drawn += falling(
+                x, y - random.uniform(30, 64), y, random.uniform(0.55, 1.05)
+            )
     return drawn
 
 
@@ -176,18 +205,31 @@ def draw(light: dict) -> str:
     for brick in lit:
         x, y = centre(brick)
         low = random.uniform(max(436, y - 90), y - 8)
-        drops += falling(x, max(396, low - random.uniform(60, 120)), low, random.uniform(0.9, 1.4))
+        drops += falling(
+            x,
+            max(396, low - random.uniform(60, 120)),
+            low,
+            random.uniform(0.9, 1.4),
+        )
     night = bool(light["tint"])
-    body = sky(light) + land(light) + farm(322, 346) + lawns(light)
-    body += field(20, 430, 470, 0.42, 6, 13) + paved + field(0, 150, 556, 0.74, 9, 15) + people(light)
+    body = sky(light) + land(light) + farm(322, 346) + lawns(light) + paved
+    body += grain(WIDTH, HEIGHT, *light["grain"]) + field(
+        20, 430, 470, 0.42, 6, 13
+    )
+    body += field(0, 150, 556, 0.74, 9, 15) + people(light)
     if night:
         body += (
             '<linearGradient id="dusk" x1="0" y1="0" x2="0" y2="1"><stop offset="0" stop-color="#101c4a" stop-opacity="0"/>'
             f'<stop offset=".2" stop-color="#101c4a" stop-opacity=".13"/></linearGradient><rect y="230" width="{WIDTH}" height="400" fill="url(#dusk)"/>'
         )
         body += use("glow", 889, 372, 2.4) + use("spark", 889, 372, 1.2)
-    body += shine + scales(light) + cascade() + lattice(600, 398, 244, layers=5, across=5, night=night) + drops
+    body += (
+        shine
+        + scales(light)
+        + cascade()
+        + lattice(600, 398, 244, layers=5, across=5, night=night)
+        + drops
+    )
     body += f'<path d="M0 640C90 566 200 590 300 640Z" fill="{light["deep"]}"/><path d="M1200 640C1100 580 980 590 900 640Z" fill="{light["deep"]}"/>'
     body += wheat([(18, 650, 1.5, 8), (58, 652, 1.3, -6), (94, 664, 1.25, 9), (1186, 650, 1.45, -8), (1142, 656, 1.25, 6), (1098, 662, 1.2, -12)])  # fmt: skip
-    body += grain(WIDTH, HEIGHT, *light["grain"])
     return document(WIDTH, HEIGHT, "Dorothy, the Wizard and the model on the yellow brick road", body)  # fmt: skip

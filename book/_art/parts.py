@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -26,14 +27,18 @@ def figure(name: str) -> str:
     if start is None:
         raise KeyError(f"figures.svg has no part {name!r}")
     depth, tag = 0, start[1]
-    for mark in re.finditer(rf"<{tag}\b[^>]*?(/?)>|</{tag}>", FIGURES[start.start() :]):
+    for mark in re.finditer(
+        rf"<{tag}\b[^>]*?(/?)>|</{tag}>", FIGURES[start.start() :]
+    ):
         depth += {"": 1, "/": 0, None: -1}[mark[1]]
         if depth == 0:
             return FIGURES[start.start() : start.start() + mark.end()]
     raise ValueError(f"figures.svg: {name!r} has no end")
 
 
-def document(width: int, height: int, title: str, body: str, shown: int | None = None) -> str:
+def document(
+    width: int, height: int, title: str, body: str, shown: int | None = None
+) -> str:
     """Return a whole SVG file: the drawing, and the figures that it uses, however deep."""
     known: dict[str, str] = {}
     waiting = [body]
@@ -42,7 +47,11 @@ def document(width: int, height: int, title: str, body: str, shown: int | None =
             if name not in known and f'id="{name}"' not in body:
                 known[name] = figure(name)
                 waiting.append(known[name])
-    size = f'width="{shown}" height="{round(shown * height / width)}" ' if shown else ""
+    size = (
+        f'width="{shown}" height="{round(shown * height / width)}" '
+        if shown
+        else ""
+    )
     text = (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}viewBox="0 0 {width} {height}" '
         f'role="img" aria-labelledby="title">\n<title id="title">{title}</title>\n'
@@ -51,7 +60,14 @@ def document(width: int, height: int, title: str, body: str, shown: int | None =
     return re.sub(r"\n\s+", "\n", re.sub(r"(\.\d*?[1-9])0+\b", r"\1", text))
 
 
-def use(name: str, x: float, y: float, scale: float = 1, flip: bool = False, turn: float = 0) -> str:
+def use(
+    name: str,
+    x: float,
+    y: float,
+    scale: float = 1,
+    flip: bool = False,
+    turn: float = 0,
+) -> str:
     """Place a figure: its feet at (x, y)."""
     way = f"{-scale:g} {scale:g}" if flip else f"{scale:g}"
     spin = f"rotate({turn:g})" if turn else ""
@@ -72,7 +88,9 @@ def shadow(x: float, y: float, wide: float, opacity: float = 0.22) -> str:
     )
 
 
-def grain(width: int, height: int, colour: str = "#16224a", opacity: float = 0.13) -> str:
+def grain(
+    width: int, height: int, colour: str = "#16224a", opacity: float = 0.13
+) -> str:
     """Return the fine speckle of a screen print, as one tile that repeats."""
     random = Random(4)
     dots = "".join(
@@ -92,17 +110,32 @@ def stars(count: int, width: float, height: float, seed: int = 1) -> str:
     dots = []
     for _ in range(count):
         x, y = random.random() * width, random.random() ** 1.5 * height
-        r, faint = random.choice((0.8, 1.1, 1.6, 2.1)), random.uniform(0.4, 1)
-        dots.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="{r}" opacity="{faint:.2f}"/>')
+        r, faint = (
+            random.choice((0.8, 1.1, 1.6, 2.1)),
+            random.uniform(0.4, 1),
+        )
+        dots.append(
+            f'<circle cx="{x:.0f}" cy="{y:.0f}" r="{r}" opacity="{faint:.2f}"/>'
+        )
     return f'<g fill="#fdf2d6">{"".join(dots)}</g>'
 
 
 def wheat(stalks: Sequence[tuple[float, float, float, float]]) -> str:
     """Return stalks of wheat, each as x, y of its foot, its scale and how it leans."""
-    return "".join(use("ear-of-wheat", x, y, scale, turn=lean) for x, y, scale, lean in stalks)
+    return "".join(
+        use("ear-of-wheat", x, y, scale, turn=lean)
+        for x, y, scale, lean in stalks
+    )
 
 
-def field(left: float, right: float, y: float, scale: float, seed: int, gap: float = 14) -> str:
+def field(
+    left: float,
+    right: float,
+    y: float,
+    scale: float,
+    seed: int,
+    gap: float = 14,
+) -> str:
     """Return a row of wheat that stands from left to right."""
     random = Random(seed)
     count = max(1, int((right - left) / gap))
@@ -113,37 +146,48 @@ def field(left: float, right: float, y: float, scale: float, seed: int, gap: flo
     ])  # fmt: skip
 
 
-def city(x: float, base: float, scale: float, body: str, side: str, window: str) -> str:
+def city(
+    x: float, base: float, scale: float, body: str, side: str, window: str
+) -> str:
     """Return the green towers, the tallest in the middle, with their windows."""
     towers = [  # dx, width, height, roof
         (-118, 26, 52, "dome"), (112, 28, 58, "spire"), (-88, 34, 92, "spire"), (82, 36, 98, "dome"),
         (-52, 40, 128, "dome"), (46, 42, 142, "spire"), (0, 54, 182, "spire"), (-24, 26, 78, "spire"),
-        (26, 28, 70, "dome"),
+        (22, 24, 70, "dome"),
     ]  # fmt: skip
     parts = []
     for dx, w, h, roof in towers:
-        l, r, top = dx - w / 2, dx + w / 2, -h
-        parts.append(f'<path d="M{l} 26V{top}H{r}V26Z" fill="{body}"/>')
-        parts.append(f'<path d="M{dx + w * 0.16:.1f} 26V{top}H{r}V26Z" fill="{side}"/>')
+        left, right, top = dx - w / 2, dx + w / 2, -h
+        parts.append(
+            f'<path d="M{left} 26V{top}H{right}V26Z" fill="{body}"/>'
+        )
+        parts.append(
+            f'<path d="M{dx + w * 0.16:.1f} 26V{top}H{right}V26Z" fill="{side}"/>'
+        )
         if roof == "spire":
             tip = top - w * 1.25
-            parts.append(f'<path d="M{l - 3} {top}H{r + 3}L{dx} {tip:.1f}Z" fill="{body}"/>')
-            parts.append(f'<path d="M{dx} {tip:.1f}L{r + 3} {top}H{dx + w * 0.16:.1f}Z" fill="{side}"/>')
+            parts.append(
+                f'<path d="M{left - 3} {top}H{right + 3}L{dx} {tip:.1f}Z" fill="{body}"/>'
+            )
+            parts.append(
+                f'<path d="M{dx} {tip:.1f}L{right + 3} {top}H{dx + w * 0.16:.1f}Z" fill="{side}"/>'
+            )
         else:
             tip = top - w * 0.62
             parts.append(
-                f'<path d="M{l - 2} {top}C{l - 4} {top - w * 0.5:.1f} {dx - 5} {tip:.1f} {dx} {tip - 12:.1f}'
-                f'C{dx + 5} {tip:.1f} {r + 4} {top - w * 0.5:.1f} {r + 2} {top}Z" fill="{body}"/>'
+                f'<path d="M{left - 2} {top}C{left - 4} {top - w * 0.5:.1f} {dx - 5} {tip:.1f} {dx} {tip - 12:.1f}'
+                f'C{dx + 5} {tip:.1f} {right + 4} {top - w * 0.5:.1f} {right + 2} {top}Z" fill="{body}"/>'
             )
             parts.append(
-                f'<path d="M{dx} {tip - 12:.1f}C{dx + 5} {tip:.1f} {r + 4} {top - w * 0.5:.1f} {r + 2} {top}'
+                f'<path d="M{dx} {tip - 12:.1f}C{dx + 5} {tip:.1f} {right + 4} {top - w * 0.5:.1f} {right + 2} {top}'
                 f'H{dx + w * 0.16:.1f}Z" fill="{side}"/>'
             )
         for level in range(int(h // 24)):
             y = top + 12 + 22 * level
             if y < -14:
+                at = dx - w * (0.08 if w > 50 else 0.2) - 2.5
                 parts.append(
-                    f'<path d="M{dx - w * 0.2 - 2.5:.1f} {y + 9}v-6a3 3 0 0 1 6 0v6Z" fill="{window}"/>'
+                    f'<path d="M{at:.1f} {y + 9}v-6a3 3 0 0 1 6 0v6Z" fill="{window}"/>'
                 )
     inside = "".join(parts)
     return f'<g transform="translate({x:g} {base:g}) scale({scale:g})">{inside}</g>'
@@ -167,8 +211,11 @@ def bricks(
     rows grow thin with distance, and every second one is shifted by half a brick.
     """
     found = []
-    edges = [far + (near - far) * (1 - i / rows) ** power for i in range(rows + 1)]
-    for row, (below, above) in enumerate(zip(edges, edges[1:], strict=False)):
+    edges = [
+        far + (near - far) * (1 - i / rows) ** power
+        for i in range(rows + 1)
+    ]
+    for row, (below, above) in enumerate(pairwise(edges)):
         inset = min(1.6, 0.09 * (below - above))
         low, high = below - inset, above + inset
         shift = 0.5 * (row % 2)
@@ -223,22 +270,35 @@ def lattice(
     def nodes_at(k: int) -> dict[tuple[int, int], Point]:
         stray = loose * (k / max(1, layers - 1)) ** 2 * a * 0.42
         return {
-            (i, j): (px + random.uniform(-stray, stray), py + random.uniform(-stray, stray))
+            (i, j): (
+                px + random.uniform(-stray, stray),
+                py + random.uniform(-stray, stray),
+            )
             for i in range(across)
             for j in range(across)
             for px, py in [place(i, j, k)]
         }
 
     n, top = across - 1, layers - 1
-    left = [place(0, n, 0), place(n, n, 0), place(n, n, top), place(0, n, top)]
-    right = [place(n, n, 0), place(n, 0, 0), place(n, 0, top), place(n, n, top)]
+    left = [
+        place(0, n, 0),
+        place(n, n, 0),
+        place(n, n, top),
+        place(0, n, top),
+    ]
+    right = [
+        place(n, n, 0),
+        place(n, 0, 0),
+        place(n, 0, top),
+        place(n, n, top),
+    ]
     back = [place(0, n, 0), place(0, 0, 0), place(n, 0, 0), place(n, 0, top), place(0, 0, top), place(0, n, top)]  # fmt: skip
     ids = f"{round(x)}-{round(y)}"
     tone = ("#2b8f83", "#1b4f86", "#3ab58f", "#123a6b") if night else ("#17805f", "#1f8f83", "#2aa884", "#14697a")  # fmt: skip
     parts = [
         f'<linearGradient id="left-{ids}" x1="0" y1="0" x2="0" y2="1"><stop offset="0" stop-color="{tone[1]}" stop-opacity=".62"/><stop offset="1" stop-color="{tone[0]}" stop-opacity=".86"/></linearGradient>',
         f'<linearGradient id="right-{ids}" x1="0" y1="0" x2="0" y2="1"><stop offset="0" stop-color="{tone[3]}" stop-opacity=".7"/><stop offset="1" stop-color="#0f5a4c" stop-opacity=".92"/></linearGradient>',
-        path(back, "#0f3d5c", 'opacity=".3"'),
+        path(back, "#0f3d5c" if night else "#0f6a55", 'opacity=".24"'),
     ]
     parts.append(f'<ellipse cx="{x:.1f}" cy="{foot - c * top * 0.5:.1f}" rx="{size * 0.34:.1f}" ry="{size * 0.44:.1f}" fill="url(#shine)" opacity=".75"/>')  # fmt: skip
     planes = [nodes_at(k) for k in range(layers)]
@@ -255,10 +315,24 @@ def lattice(
                 qx, qy = planes[k + 1][i, j]
                 segments.append(f"M{px:.1f} {py:.1f}L{qx:.1f} {qy:.1f}")
         lines.append(f'<path d="{"".join(segments)}" fill="none" stroke="#d8f3e4" stroke-opacity=".6" stroke-width="{max(0.9, size / 220):.2f}"/>')  # fmt: skip
-    faces = [path(left, f"url(#left-{ids})"), path(right, f"url(#right-{ids})")]
-    parts += faces[:0] + lines
+    parts += lines
     glass = [path(left, f"url(#left-{ids})", 'opacity=".55"'), path(right, f"url(#right-{ids})", 'opacity=".62"')]  # fmt: skip
     parts += glass
+    (lx, ly), (mx, my), (_, ty) = left[0], left[1], left[2]
+    at = [(lx + (mx - lx) * f, ly + (my - ly) * f) for f in (0.14, 0.34)]
+    rise = my - ty
+    shine = [
+        at[0],
+        at[1],
+        (at[1][0], at[1][1] - rise),
+        (at[0][0], at[0][1] - rise),
+    ]
+    parts.append(path(shine, "#ffffff", 'opacity=".1"'))
+    edges = "".join(
+        f"M{px:.1f} {py:.1f}v{-rise:.1f}"
+        for px, py in (left[0], left[1], right[1])
+    )
+    parts.append(f'<path d="{edges}" stroke="#d8f3e4" stroke-opacity=".7" stroke-width="{size / 150:.2f}"/>')  # fmt: skip
     r = size / 62
     for k, plane in enumerate(planes):
         for (i, j), (px, py) in plane.items():
@@ -266,16 +340,33 @@ def lattice(
                 continue
             fine = k / max(1, top)
             if fine < 0.45:
-                tile = [(px, py - r), (px + 1.6 * r, py), (px, py + r), (px - 1.6 * r, py)]
+                tile = [
+                    (px, py - r),
+                    (px + 1.6 * r, py),
+                    (px, py + r),
+                    (px - 1.6 * r, py),
+                ]
                 parts.append(path(tile, "#f6cf63"))
             else:
-                parts.append(use("glow", px, py, r / 3.6 * random.uniform(0.7, 1.25)))
+                parts.append(
+                    use("glow", px, py, r / 3.6 * random.uniform(0.7, 1.25))
+                )
     return "<g>" + "".join(parts) + "</g>"
 
 
-def plate(place: Callable[[float, float, float], Point], n: int, k: int, colour: str) -> str:
+def plate(
+    place: Callable[[float, float, float], Point],
+    n: int,
+    k: int,
+    colour: str,
+) -> str:
     """Return one translucent layer of a lattice."""
-    corners = [place(0, 0, k), place(n, 0, k), place(n, n, k), place(0, n, k)]
+    corners = [
+        place(0, 0, k),
+        place(n, 0, k),
+        place(n, n, k),
+        place(0, n, k),
+    ]
     return path(corners, colour, 'opacity=".42"')
 
 
@@ -293,7 +384,10 @@ def curtain(x: float, top: float, bottom: float, wide: float, pulled: float = 0.
     hand = top + height * 0.55
     edge = f"M{x} {top}C{x + 4} {top + height * 0.3:.0f} {x + pulled} {hand - 40:.0f} {x + pulled} {hand:.0f}S{x + pulled * 0.3:.0f} {bottom - 30} {x - 6} {bottom}"  # fmt: skip
     steps = 6
-    hem = "".join(f"q{wide / steps / 2 + 1:.1f} 12 {(wide + 6) / steps:.1f} 0" for _ in range(steps))
+    hem = "".join(
+        f"q{wide / steps / 2 + 1:.1f} 12 {(wide + 6) / steps:.1f} 0"
+        for _ in range(steps)
+    )
     shape = f"{edge}{hem}V{top}Z"
     folds = "".join(
         f"M{x + wide * f:.0f} {top}C{x + wide * f - 4:.0f} {top + height * 0.35:.0f} "

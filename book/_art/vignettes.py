@@ -33,7 +33,9 @@ MOODS = {  # the sky from top to horizon, a hill behind, the ground
 YELLOW = ("#f0c254", "#eab748", "#f4cb68", "#e3aa3c")
 
 
-def ground(mood: str, wide: int = WIDE, high: int = HIGH, floor: float = 0.74) -> str:
+def ground(
+    mood: str, wide: int = WIDE, high: int = HIGH, floor: float = 0.74
+) -> str:
     """Return sky and land of a mood; in a hall or a room, wall and floor."""
     top, low, hill, near = MOODS[mood]
     y = high * floor
@@ -44,23 +46,38 @@ def ground(mood: str, wide: int = WIDE, high: int = HIGH, floor: float = 0.74) -
     if mood == "night":
         drawn += stars(46, wide, high * 0.6)
     if mood in ("hall", "room"):
-        return drawn + f'<rect y="{y:.0f}" width="{wide}" height="{high - y:.0f}" fill="{near}"/>'
+        return (
+            drawn
+            + f'<rect y="{y:.0f}" width="{wide}" height="{high - y:.0f}" fill="{near}"/>'
+        )
     return drawn + (
         f'<path d="M0 {y - 34:.0f}C{wide * 0.2:.0f} {y - 66:.0f} {wide * 0.42:.0f} {y - 20:.0f} {wide * 0.62:.0f} {y - 34:.0f}S{wide * 0.9:.0f} {y - 60:.0f} {wide} {y - 40:.0f}V{high}H0Z" fill="{hill}"/>'
         f'<path d="M0 {y + 4:.0f}C{wide * 0.3:.0f} {y - 18:.0f} {wide * 0.6:.0f} {y + 10:.0f} {wide} {y - 8:.0f}V{high}H0Z" fill="{near}"/>'
     )
 
 
-def picture(title: str, drawing: str, wide: int = WIDE, high: int = HIGH, shown: int = 220) -> str:
+def picture(
+    title: str,
+    drawing: str,
+    wide: int = WIDE,
+    high: int = HIGH,
+    shown: int = 220,
+) -> str:
     """Return a picture with round corners and the grain of a print, on any page's colour."""
     body = (
         f'<clipPath id="frame"><rect width="{wide}" height="{high}" rx="34"/></clipPath>'
-        f'<g clip-path="url(#frame)">{drawing}{grain(wide, high)}</g>'
+        f'<g clip-path="url(#frame)">{drawing}{grain(wide, high, opacity=0.07)}</g>'
     )
     return document(wide, high, title, body, shown)
 
 
-def disc(x: float, y: float, r: float, colour: str = "#fff4cf", opacity: float = 0.85) -> str:
+def disc(
+    x: float,
+    y: float,
+    r: float,
+    colour: str = "#fff4cf",
+    opacity: float = 0.85,
+) -> str:
     return (
         f'<circle cx="{x}" cy="{y}" r="{r * 1.25:.0f}" fill="{colour}" opacity="{opacity * 0.35:.2f}"/>'
         f'<circle cx="{x}" cy="{y}" r="{r}" fill="{colour}" opacity="{opacity}"/>'
@@ -79,10 +96,15 @@ def straight(x: float, near: float, far: float, wide: float, tip: float, lean: f
     def half(y: float) -> float:
         return wide + (tip - wide) * part(y) ** 0.8
 
-    edge = [(middle(near) - half(near), near), (middle(near) + half(near), near)]
+    edge = [
+        (middle(near) - half(near), near),
+        (middle(near) + half(near), near),
+    ]
     ys = [near + (far - near) * i / 12 for i in range(13)]
     edge = [(middle(y) - half(y) - 2, y) for y in ys] + [(middle(y) + half(y) + 2, y) for y in ys[::-1]]  # fmt: skip
-    return path(edge, "#b97a25") + paving(bricks(middle, half, near, far, rows, 5, 1.6), YELLOW)
+    return path(edge, "#b97a25") + paving(
+        bricks(middle, half, near, far, rows, 5, 1.6), YELLOW
+    )
 
 
 def course(x: float, y: float, widths: list[float], high: float = 30, lit: tuple[int, ...] = ()) -> str:  # fmt: skip
@@ -134,7 +156,9 @@ def guardian() -> str:
 def grid() -> str:
     points = [(48, 110), (112, 62), (176, 138), (232, 84), (300, 120)]
     drops = "".join(falling(x, y - 44, y, 1.5) for x, y in points)
-    row = course(-20, 232, [84] * 6, 44, (1, 3)) + course(-62, 282, [84] * 7, 44)
+    row = course(-20, 232, [84] * 6, 44, (1, 3)) + course(
+        -62, 282, [84] * 7, 44
+    )
     return (
         ground("night", floor=0.6) + disc(220, 150, 96, "#29497f") + row
         + f'<g transform="translate(404 92) rotate(212)">{use("mallet", 0, 0, 1.6)}</g>'
@@ -149,7 +173,9 @@ def doors() -> str:
     )  # fmt: skip
 
     def door(x: float, ajar: bool) -> str:
-        arch = f"M{x - 50} 262V130C{x - 50} 66 {x + 50} 66 {x + 50} 130V262Z"
+        arch = (
+            f"M{x - 50} 262V130C{x - 50} 66 {x + 50} 66 {x + 50} 130V262Z"
+        )
         drawn = f'<path d="{arch}" fill="#0a2f27" stroke="#f0c35a" stroke-width="9"/>'
         if ajar:
             drawn += f'<path d="{arch}" fill="url(#shine)"/><path d="M{x - 46} 262V130C{x - 46} 96 {x - 20} 86 {x - 4} 104L{x - 2} 276Z" fill="#c62f3b"/><path d="M{x - 4} 104L{x - 2} 276 {x + 4} 272V110Z" fill="#8f1d2c"/><circle cx="{x - 14}" cy="192" r="5" fill="#f0c35a"/>'
@@ -211,7 +237,9 @@ def scarecrow() -> str:
 
 
 def trees(mood: str) -> str:
-    colours = ("#1f6b58", "#17574a") if mood == "day" else ("#24516b", "#1b4058")
+    colours = (
+        ("#1f6b58", "#17574a") if mood == "day" else ("#24516b", "#1b4058")
+    )
     drawn = ""
     for x, y, s in ((40, 250, 1.5), (96, 244, 1.1), (352, 246, 1.3), (410, 252, 1.7), (306, 242, 0.9)):  # fmt: skip
         drawn += f'<g transform="translate({x} {y}) scale({s})"><path d="M-5 0V-30H5V0Z" fill="#5b3a24"/><path d="M0-120L34-60H18L42-20H-42L-18-60H-34Z" fill="{colours[0]}"/><path d="M0-120L34-60H18L42-20H6Z" fill="{colours[1]}"/></g>'
@@ -255,7 +283,10 @@ def methods() -> str:
         '<path d="M372 112H390V200L381 214 372 200Z" fill="#dfe7ee"/><path d="M372 124h18M372 136h18M372 148h18M372 160h18M372 172h18M372 184h18" stroke="#93a6b7" stroke-width="3"/><path d="M373 62H389L386 114H376Z" fill="#c62f3b"/><circle cx="381" cy="62" r="5" fill="#f0c35a"/>'
         '<path d="M206 60C164 66 160 116 178 140M206 60C248 66 252 100 240 122" fill="none" stroke="#f0c35a" stroke-width="8" stroke-linecap="round"/><circle cx="206" cy="58" r="9" fill="#dca23a"/>'
     )
-    lamp = use("glow", 300, 60, 6) + '<path d="M300 0V34" stroke="#16224a" stroke-width="4"/><path d="M272 60C274 36 326 36 328 60Z" fill="#c62f3b"/>'
+    lamp = (
+        use("glow", 300, 60, 6)
+        + '<path d="M300 0V34" stroke="#16224a" stroke-width="4"/><path d="M272 60C274 36 326 36 328 60Z" fill="#c62f3b"/>'
+    )
     return ground("room", floor=0.9) + lamp + bolt + joint + tools + bench
 
 
@@ -278,6 +309,11 @@ def voice() -> str:
         f'<path d="M{270 + 23 * n} {142 - 14 * n}A{34 + 28 * n} {34 + 28 * n} 0 0 1 {270 + 23 * n} {178 + 14 * n}" fill="none" stroke="#fff3c4" stroke-width="7" stroke-linecap="round" opacity="{0.95 - 0.18 * n}"/>'
         for n in range(4)
     )  # fmt: skip
+    cords = "".join(
+        f'<path d="M{x} 0V{y}" stroke="#f0c35a" stroke-width="5"/><circle cx="{x}" cy="{y}" r="8" fill="#dca23a"/>'
+        f'<path d="M{x - 8} {y + 4}H{x + 8}L{x + 12} {y + 34}H{x - 12}Z" fill="#f0c35a"/><path d="M{x - 4} {y + 8}l-2 26M{x + 4} {y + 8}l2 26" stroke="#a86d1f" stroke-width="2"/>'
+        for x, y in ((152, 42), (190, 66))
+    )  # fmt: skip
     bubbles = (
         '<path d="M330 40h72a14 14 0 0 1 14 14v28a14 14 0 0 1-14 14h-40l-18 18v-18h-14a14 14 0 0 1-14-14V54a14 14 0 0 1 14-14Z" fill="#fdf2d6"/>'
         + course(334, 54, [26, 26, 26], 12) + course(334, 72, [20, 34], 12)
@@ -286,7 +322,7 @@ def voice() -> str:
         ground("hall", floor=0.84) + disc(120, 150, 108, "#6fc3a0", 0.3) + '<path d="M0 0H60V290H0Z" fill="#2c1020"/>'
         + curtain(24, -10, 306, 96, pulled=-10) + f'<g transform="translate(150 164) scale(1.62)">{use("trumpet", 0, 0)}</g>'
         + '<path d="M40 168Q56 164 72 166" fill="none" stroke="#2a9470" stroke-width="24" stroke-linecap="round"/><path d="M72 166h10" stroke="#fdf8ea" stroke-width="24"/><circle cx="92" cy="168" r="14" fill="#f3c7a0"/><path d="M90 158h18M92 167h20M90 176h17" stroke="#f3c7a0" stroke-width="9" stroke-linecap="round"/>'
-        + waves + bubbles
+        + cords + waves + bubbles
     )  # fmt: skip
 
 
@@ -360,10 +396,16 @@ CHAPTERS: dict[str, tuple[str, Callable[[], str]]] = {
     "ch16": ("Four friends carry the basket", together),
     "ch17": ("Three models at the gate", travellers),
 }
+
+
 def icon() -> str:
     """Return one brick, and the point that settles on it: the course's mark."""
     point = '<circle cx="100" cy="46" r="15" fill="#e0962a"/><circle cx="100" cy="46" r="9" fill="#fff3c4"/>'
-    mark = falling(100, 0, 46, 2.4) + '<g transform="translate(100 128) scale(1.5)"><use href="#brick"/></g>' + point
+    mark = (
+        falling(100, 0, 46, 2.4)
+        + '<g transform="translate(100 128) scale(1.5)"><use href="#brick"/></g>'
+        + point
+    )
     return document(200, 216, "A yellow brick", mark, 200)
 
 
@@ -401,7 +443,8 @@ def empty_recipe() -> str:
 
     day = (  # morning on the left, evening on the right
         '<linearGradient id="day" x1="0" x2="1"><stop offset=".1" stop-color="#f9e4a8"/><stop offset=".5" stop-color="#e9a26a"/><stop offset=".9" stop-color="#24386f"/></linearGradient>'
-        f'<rect width="{wide}" height="318" fill="url(#day)"/>' + disc(92, 96, 44)
+        f'<rect width="{wide}" height="318" fill="url(#day)"/>'
+        + disc(92, 96, 44)
         + f'<g transform="translate(400 0)">{stars(30, 270, 170, 5)}</g><path d="M676 60a34 34 0 1 0 30 50 28 28 0 1 1-30-50Z" fill="#fdf2d6"/>'
         '<path d="M0 300C200 270 560 330 760 284V400H0Z" fill="#8a6a3c"/>'
     )

@@ -19,7 +19,10 @@ def mark(app: Sphinx, doctree: nodes.document) -> None:
     for image in doctree.findall(nodes.image):
         if "_static/tale/" in image["uri"]:
             wide = not image["uri"].rpartition("/")[2].startswith("ch")
-            image["classes"] += ["dark-light", "scene" if wide else "vignette"]
+            image["classes"] += [
+                "dark-light",
+                "scene" if wide else "vignette",
+            ]
 
 
 def setup(app: Sphinx) -> None:
