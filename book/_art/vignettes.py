@@ -400,7 +400,7 @@ CHAPTERS: dict[str, tuple[str, Callable[[], str]]] = {
 
 def icon() -> str:
     """Return one brick, and the point that settles on it: the course's mark."""
-    point = '<circle cx="100" cy="46" r="15" fill="#e0962a"/><circle cx="100" cy="46" r="9" fill="#fff3c4"/>'
+    point = '<circle cx="100" cy="46" r="14" fill="#c9741f"/><circle cx="100" cy="46" r="11" fill="#ffc93c"/>'
     mark = (
         falling(100, 0, 46, 2.4)
         + '<g transform="translate(100 128) scale(1.5)"><use href="#brick"/></g>'
