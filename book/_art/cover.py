@@ -30,7 +30,7 @@ DAY = {
     "city": ("#2f9272", "#1f7459", "#f9e3a0"), "cloud": "#fdf6df",
     "joint": "#b97a25", "bricks": ("#f0c254", "#eab748", "#f4cb68", "#e3aa3c"),
     "metal": "#1d2f5f", "metal2": "#2f4d8c", "cord": "#24386f", "grain": ("#16224a", 0.14),
-    "tint": "", "front": "#17503e",
+    "tint": "",
 }  # fmt: skip
 NIGHT = {
     "sky": ("#0d1638", "#1b2f63", "#3a5f8c"), "disc": "#29497f", "ring": "#223c71",
@@ -38,7 +38,7 @@ NIGHT = {
     "city": ("#1f7d63", "#145847", "#ffe08a"), "cloud": "#2c4a80",
     "joint": "#6b4a22", "bricks": ("#c9993f", "#bd8c36", "#d3a54a", "#b0812f"),
     "metal": "#0d1638", "metal2": "#4a6db0", "cord": "#8fa9d6", "grain": ("#fdf2d6", 0.09),
-    "tint": "#101c4a", "front": "#0a2229",
+    "tint": "#101c4a",
 }  # fmt: skip
 
 
