@@ -2,6 +2,8 @@
 # (ch01)=
 # # The recipe, run to the letter
 #
+# ![Toto barks at a full basket on the yellow road at evening; behind it stands a card with five lines.](_static/tale/ch01.svg)
+#
 # :::{epigraph}
 # The card the Wizard gave her had five lines, and on the first day Dorothy did all five, in
 # order, leaving nothing out. In the evening the model answered well and she was ready to call it

@@ -2,6 +2,8 @@
 # (ch02)=
 # # Step 1: a pre-trained model and data
 #
+# ![A pair of silver shoes on the yellow brick road, their tips towards the green city.](_static/tale/ch02.svg)
+#
 # :::{epigraph}
 # The silver shoes had belonged to somebody else, and they had walked before. They had never seen
 # the yellow road, and they did not know the way to the city. But they knew how to walk, and so

@@ -2,6 +2,8 @@
 # (ch03)=
 # # Step 2: `quantize_dynamic`, and what it leaves alone
 #
+# ![A grey city seen through large spectacles: only what lies behind the lenses is green.](_static/tale/ch03.svg)
+#
 # :::{epigraph}
 # At the city gate a guardian locked green spectacles onto everyone who entered, and from then
 # on all things looked green. "Does the whole city wear them?" asked Dorothy. "Everyone on my

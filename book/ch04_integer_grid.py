@@ -2,6 +2,8 @@
 # (ch04)=
 # # The integer grid
 #
+# ![Glowing points fall at night onto a row of yellow bricks; two have landed, and a mallet sets the next brick.](_static/tale/ch04.svg)
+#
 # :::{epigraph}
 # The road of yellow bricks had one rule: you may stand on a brick, never between two. "Then I
 # cannot stop where I like," said Dorothy. "No," said the old paver who was laying it, "but you are

@@ -2,6 +2,8 @@
 # (ch05)=
 # # Step 3: `QuantWrapper`
 #
+# ![The glowing model stands between two red doors in a castle wall; one of them is ajar.](_static/tale/ch05.svg)
+#
 # :::{epigraph}
 # The two doors were painted on the castle wall, one on either side of her model, and they were
 # beautifully painted: there was even a keyhole. Dorothy leaned against the first and fell

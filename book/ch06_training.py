@@ -2,6 +2,8 @@
 # (ch06)=
 # # Step 4: training behind the curtain
 #
+# ![Toto pulls a red curtain aside: behind it a small man holds a ruler, and in front hangs a great green Head.](_static/tale/ch06.svg)
+#
 # :::{epigraph}
 # Toto pulled the curtain aside, and there sat a small man with a ruler in his hands. The great green
 # Head that spoke to the audience in seven tones was only what he showed; he himself could move by a

@@ -2,6 +2,8 @@
 # (ch07)=
 # # Step 5: an honest evaluation
 #
+# ![Two models on the pans of honest scales, in balance; the red needle trembles.](_static/tale/ch07.svg)
+#
 # :::{epigraph}
 # On market day Dorothy put her two models on the honest scales of the green city. The needle
 # trembled. "The light one wins!" cried a boy in the crowd. "By less than the needle trembles," said

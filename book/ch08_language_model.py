@@ -2,6 +2,8 @@
 # (ch08)=
 # # A language model of our own
 #
+# ![The Scarecrow stands in the wheat and lifts a hand, as one does who is about to end a sentence.](_static/tale/ch08.svg)
+#
 # :::{epigraph}
 # Behind the green city the road ran through a field of wheat, and in it stood a Scarecrow, reading the
 # label on a sack. "I was stuffed with instructions," he said, "and know nothing else. But begin a

@@ -2,6 +2,8 @@
 # (ch09)=
 # # Rounding a language model
 #
+# ![The Tin Woodman with his axe, between a stump and four sheets of tin of different thickness; where his heart would be there is a hole.](_static/tale/ch09.svg)
+#
 # :::{epigraph}
 # At the edge of the forest the Tin Woodman sat down on a stump. "I was not born so," he said. "The
 # smith put tin in my place limb by limb, and he had sheet of four thicknesses only, so every part of

@@ -2,6 +2,8 @@
 # (ch10)=
 # # Quantization-aware fine-tuning
 #
+# ![The Woodman and the Scarecrow walk side by side along the yellow road at dusk.](_static/tale/ch10.svg)
+#
 # :::{epigraph}
 # The tinsmiths could hammer the Woodman straight again, but not make his joints as fine as they
 # had been. "Then let me practise with the joints I shall have," he said, and walked up and down

@@ -2,6 +2,8 @@
 # (ch11)=
 # # The methods
 #
+# ![A tin joint on a workbench under a lamp, with bolts of three lengths, callipers and a file.](_static/tale/ch11.svg)
+#
 # :::{epigraph}
 # In the workshop behind the palace four masters quarrelled over the Woodman's new joints. The first
 # cut each to its longest bolt. The second tried every length and kept the best fit. The third

@@ -2,6 +2,8 @@
 # (ch12)=
 # # Five tasks
 #
+# ![The glowing model wears green spectacles; beside it stands a signpost with five arms.](_static/tale/ch12.svg)
+#
 # :::{epigraph}
 # At the gate of the city a clerk asked what the model could do. "It writes," said Dorothy. "That is
 # one thing," said the clerk, and gave her green spectacles. "Now let it read, and sort, and fetch,

@@ -2,6 +2,8 @@
 # (ch14)=
 # # Benefits and limits
 #
+# ![A striped balloon hovers above the grass, its basket tied to a fountain by a rope.](_static/tale/ch14.svg)
+#
 # :::{epigraph}
 # The Wizard's balloon stood in the square and would not rise. "More silk!" cried the people, who
 # had sewn for three days. He walked around the basket instead and felt every rope, and one of them

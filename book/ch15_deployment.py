@@ -2,6 +2,8 @@
 # (ch15)=
 # # Dorothy deploys
 #
+# ![Toto, with an eyeglass, reads a card on which rows of bricks are written.](_static/tale/ch15.svg)
+#
 # :::{epigraph}
 # On the last morning she wrote the model out on a card, to be read by people who had neither
 # curtain nor ruler. Toto watched every figure go over. "Why do you look so sternly?" she asked him.

@@ -2,6 +2,8 @@
 # (ch16)=
 # # Beyond one machine
 #
+# ![The Scarecrow and the Woodman carry a heavy basket on a pole, and the Lion walks ahead; at the roadside a milestone.](_static/tale/ch16.svg)
+#
 # :::{epigraph}
 # Some way along the road the basket had become so heavy that Dorothy could not lift it. The Woodman
 # took one handle, the Scarecrow the other, and she and the Lion divided what did not fit. "Won't we

@@ -2,6 +2,8 @@
 # (ch17)=
 # # Real-world examples
 #
+# ![Three models on the road: a small one with wings, one with many speech bubbles, and a huge one with a crown.](_static/tale/ch17.svg)
+#
 # :::{epigraph}
 # Word of the light basket went before them. In the next town three people were waiting, each with a
 # model of their own: one small and quick, one that spoke many tongues, and one that came from a palace

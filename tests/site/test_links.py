@@ -17,6 +17,7 @@ class Reader(HTMLParser):
         self.ids: list[str] = []
         self.links: list[str] = []
         self.assets: list[str] = []
+        self.alts: list[str] = []
         self.meta: dict[str, str] = {}
         self.feed(text)
 
@@ -30,6 +31,8 @@ class Reader(HTMLParser):
             loads = tag in ("img", "script", "link", "source", "iframe")
             if loads and values.get(name) and values.get("rel") != "canonical":
                 self.assets.append(values[name])
+        if tag == "img":
+            self.alts.append(values.get("alt") or "")
         if tag == "meta" and values.get("property"):
             self.meta[values["property"]] = values["content"]
 
@@ -76,11 +79,13 @@ def test_nothing_is_loaded_from_elsewhere(read):
     assert not faults, "\n".join(faults)
 
 
-def test_shared_links_have_a_name_a_title_and_a_picture(read, site):
+def test_shared_links_have_a_name_a_title_a_picture_and_words_of_the_text(read, site):
     for path, page in read.items():
         if re.match(r"ch|intro|tale|next|glossary|reference/", path):
             assert page.meta["og:site_name"] == "The Yellow Brick Road to Few Bits"
             assert page.meta["og:title"]
+            first = page.meta["og:description"]
+            assert not [alt for alt in page.alts if alt[:40] in first and alt], path
             picture = page.meta["og:image"]
             if not urlsplit(picture).netloc:
                 assert (site.folder / normpath(join(dirname(path), picture))).is_file(), path

@@ -215,17 +215,34 @@ def test_no_serious_barrier_for_readers(tab, site, width, where):
     assert not faults, "\n".join(faults)
 
 
-def test_figures_lie_on_white_in_the_dark(tab, site):
+def test_figures_lie_on_white_in_the_dark_and_pictures_of_the_tale_on_their_own_ground(tab, site):
     page, faults = tab(390, color_scheme="dark"), []
     for path in site.chapters:
         page.goto(path, wait_until="load")
-        for ground, veil in page.locator(".bd-article img").evaluate_all(
-            "(all) => all.map((e) => [getComputedStyle(e).backgroundColor,"
-            " getComputedStyle(e).filter])"
-        ):
-            if (ground, veil) != ("rgb(255, 255, 255)", "none"):
+        found = page.locator(".bd-article img").evaluate_all(
+            "(all) => all.map((e) => [e.matches('.vignette'),"
+            " getComputedStyle(e).backgroundColor, getComputedStyle(e).filter])"
+        )
+        for drawn, ground, veil in found:
+            card = "rgba(0, 0, 0, 0)" if drawn else "rgb(255, 255, 255)"
+            if (ground, veil) != (card, "none"):
                 faults.append(f"{path}: a figure on {ground} under {veil}")
+        if [drawn for drawn, _, _ in found].count(True) != 1:
+            faults.append(f"{path}: not one vignette")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_welcome_shows_one_cover_and_the_ways_in_on_the_first_screen(tab, scheme):
+    page = tab(DESK, color_scheme=scheme)
+    page.goto("intro.html", wait_until="load")
+    covers = page.locator("img.cover").evaluate_all("(all) => all.map((e) => e.offsetHeight > 300)")
+    assert covers == [scheme == "light", scheme == "dark"]
+    button = page.get_by_role("link", name="Start here")
+    assert button.get_attribute("href").startswith("ch01")
+    for part in (button, *page.locator(".opening .sd-card").all()):
+        box = part.bounding_box()
+        assert box["y"] + box["height"] <= 900, part.inner_text()
 
 
 def test_an_epigraph_has_its_golden_rule(tab, site):

@@ -12,6 +12,7 @@ from course_site import (
     dropdowns,
     numbers,
     pages,
+    pictures,
     reference,
 )
 
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Set every concern up; pages built by an earlier state of this folder are built anew."""
-    for module in (address, assets, dropdowns, numbers, pages, reference):
+    for module in (
+        address,
+        assets,
+        dropdowns,
+        numbers,
+        pages,
+        pictures,
+        reference,
+    ):
         module.setup(app)
     sources = [
         path

@@ -66,7 +66,8 @@ def set_address(app: Sphinx, config: Config) -> None:
     config.ogp_site_name = config.html_title
     config.ogp_image = COVER
     config.ogp_image_alt = (
-        "A road of yellow bricks that grow coarser towards a green city."
+        "On a yellow brick road a glowing lattice stands on balanced scales, between Dorothy and "
+        "the Wizard."
     )
     config.myst_substitutions = {
         **config.myst_substitutions,
