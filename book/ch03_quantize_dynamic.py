@@ -284,7 +284,7 @@ what_changed(layer, quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8))
 #
 # One cell is one bit. A float spends most of its bits on telling close neighbours apart; an integer
 # of $b$ bits has $2^b$ values and no more: 256 for eight bits, 16 for four. bfloat16 is float32
-# with the last 16 digits of the fraction cut off.
+# with the last 16 bits of the fraction cut off.
 # :::
 #
 # A weight shrinks from four bytes to one, everything else stays. If a share $p$ of the

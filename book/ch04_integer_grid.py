@@ -501,8 +501,9 @@ for dtype in (torch.float32, torch.float16):
 # long; the moving average's road ends a little beyond the bars.](_static/figures/calibration.svg)
 #
 # The five batches of the next cell; every brick in the drawing stands for sixteen of the 256. The
-# min-max observer spans from −0.17 to 30, of which nearly all is empty. The moving average lets one
-# batch count for a tenth and ends at 5.16.
+# min-max observer spans from −0.17 to 30, of which nearly all is empty; the moving average lets one
+# batch count for a tenth and ends at 5.16. Both are compared with the step that the batches would
+# have had without the stray value.
 # :::
 #
 # Weights lie still and can be measured at any time. Activations pass by, batch after batch, and

@@ -627,13 +627,13 @@ for bits in (4, 3, 2):
 #
 # :::{figure-md} fig-smoothquant
 # ![Bars of four activations and four weights. Before, the second activation is 64 where the others
-# are 8, and its weight is small. After, the activation is divided by 8 and the weight multiplied by
-# 8; all bars of a kind are alike. 64 times 0.5 and 8 times 4 are both
-# 32.](_static/figures/smoothquant.svg)
+# are 8, and its weight is 1 where the others are 8. After, the activation is divided by 8 and the
+# weight multiplied by 8, and all bars are alike. 64 times 1 and 8 times 8 are both
+# 64.](_static/figures/smoothquant.svg)
 #
-# One loud channel would set the step for all activations. Divided by 8 it is like the others, and
-# the weight that reads it takes the 8 on; what the layer computes, 64 · 0.5 = 8 · 4 = 32, stays the
-# same.
+# One loud channel would set the step for all activations. With $\alpha = 1/2$ in the formula below,
+# its factor is $\sqrt{64 / 1} = 8$; that of the others is 1. Divided by 8 it is like them, and the
+# weight that reads it takes the 8 on; what the layer computes stays the same.
 # :::
 #
 # All of this was about weights. Where activations are rounded as well, one loud channel widens the

@@ -617,7 +617,8 @@ print(f"no damage to be seen: {np.mean(seen <= 0):.0%} of the sets")
 # lists in the same order, from QuantWrapper for convolutional networks to quantization-aware
 # training with distillation for two or three bits.](_static/figures/decision.svg)
 #
-# Which approach for which case.
+# Which approach for which case. Two of the questions lead on either way: their answers choose a
+# format or prepare for it, and the rest still has to be asked.
 # :::
 #
 # The same as a table, with the reasons.

@@ -474,12 +474,11 @@ bars_with_limits(
 
 # %% [markdown]
 # :::{figure-md} fig-weights-read
-# ![Pipes between memory and processor, as thick as a weight has bytes: float32 4, eight bits 1.125,
-# four bits 0.625, two bits 0.375.](_static/figures/weights-read.svg)
+# ![Four queues before the same gate, each as long as one weight has bytes: float32 4, eight bits
+# 1.125, four bits 0.625, two bits 0.375.](_static/figures/weights-read.svg)
 #
-# A token cannot come sooner than its weights. In a pipe as wide as the bytes of one weight, with a
-# float32 scale for each group of 32, four bits bring 4 / 0.625 = 6.4 times as many weights in the
-# same time as float32.
+# The gate lets equally many bytes through in a second, whatever they mean. With a float32 scale for
+# each group of 32, a weight in float32 takes 4 / 0.625 = 6.4 times as long as one of four bits.
 # :::
 #
 # The marks say what memory asks for. For each token every weight is read once, which at the speed of a

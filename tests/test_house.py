@@ -170,7 +170,7 @@ def test_pins_are_exact_and_cover_what_is_imported():
                     "sphinx_exercise": "sphinx-exercise", "fontTools": "fonttools", "PIL": "pillow",
                     "pydata_sphinx_theme": "pydata-sphinx-theme",
                     "axe_playwright_python": "axe-playwright-python"}  # fmt: skip
-    local = {"companion", "benchmarks", "tests", "course_site"} | set(sys.stdlib_module_names)
+    local = {"companion", "benchmarks", "tests", "book", "course_site"} | set(sys.stdlib_module_names)
     for folder in ("companion", "tests", "benchmarks", "book"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):

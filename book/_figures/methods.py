@@ -193,7 +193,7 @@ def smoothquant() -> str:
     """Draw a loud channel divided, its column multiplied, and a product that stays."""
     parts = []
     loud, calm = (8, 64, 8, 8), (8, 8, 8, 8)
-    quiet, busy = (4, 0.5, 4, 4), (4, 4, 4, 4)
+    quiet, busy = (8, 1, 8, 8), (8, 8, 8, 8)
 
     def bars(x: float, y: float, values, unit: float, fills) -> None:
         for i, (value, fill) in enumerate(zip(values, fills, strict=True)):
@@ -207,8 +207,8 @@ def smoothquant() -> str:
     fills, after = ("wheat", "red", "wheat", "wheat"), ("wheat", "emerald", "wheat", "wheat")  # fmt: skip
     bars(left, 150, loud, 1.8, fills)
     bars(right, 150, calm, 1.8, after)
-    bars(left, 272, quiet, 15, fills)
-    bars(right, 272, busy, 15, after)
+    bars(left, 272, quiet, 7.5, fills)
+    bars(right, 272, busy, 7.5, after)
     parts.append(
         text(left - 6, 174, "activations", size=SMALL, fill="muted")
     )
@@ -220,8 +220,8 @@ def smoothquant() -> str:
         text(right - 6, 296, "× 8 in column 2", size=SMALL, fill="emerald")
     )
     parts.append(line(LEFT, 318, RIGHT, 318, weight=1))
-    parts.append(text(left - 6, 346, "64 · 0.5 = 32", bold=True))
-    parts.append(text(right - 6, 346, "8 · 4 = 32", bold=True))
+    parts.append(text(left - 6, 346, "64 · 1 = 64", bold=True))
+    parts.append(text(right - 6, 346, "8 · 8 = 64", bold=True))
     return picture(
         ["What the inputs lose,", "the weights take on"], 352, *parts
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .style import (
     LEFT,
     RIGHT,
@@ -10,6 +12,7 @@ from .style import (
     brick,
     dot,
     head,
+    line,
     lines,
     path,
     picture,
@@ -214,46 +217,28 @@ def training_memory() -> str:
 
 
 def weights_read() -> str:
-    """Draw the bytes of a weight as pipes from memory to the processor."""
+    """Draw the bytes of a weight as queues of different length before one gate."""
     rows = [
-        ("float32", "4 bytes a weight", 4.0, "wheat"),
-        ("8 bits, groups of 32", "1 + 4/32 = 1.125", 1.125, "brick"),
-        ("4 bits, groups of 32", "1/2 + 4/32 = 0.625", 0.625, "brick"),
-        ("2 bits, groups of 32", "1/4 + 4/32 = 0.375", 0.375, "brick"),
+        ("float32", "4 bytes", 4.0, "wheat"),
+        ("8 bits", "1 + 4/32 = 1.125", 1.125, "brick"),
+        ("4 bits", "1/2 + 4/32 = 0.625", 0.625, "brick"),
+        ("2 bits", "1/4 + 4/32 = 0.375", 0.375, "brick"),
     ]
-    parts, y = [], 46.0
-    left, right, unit = LEFT + 44, RIGHT - 44, 20
-    top = y
-    for name, note, bytes_, fill in rows:
-        parts.append(text(left + 12, y + 2, name, bold=True, size=SMALL))
-        parts.append(
-            text(
-                right - 12,
-                y + 2,
-                note,
-                size=SMALL,
-                anchor="end",
-                fill="muted",
-            )
-        )
-        tall = unit * bytes_
-        parts.append(rect(left, y + 14, right - left, tall, fill=fill, stroke="mortar", radius=0))  # fmt: skip
-        parts.append(head(right - 8, y + 14 + tall / 2, 0, "mortar", 8 if bytes_ < 1 else 16))  # fmt: skip
-        y += 14 + tall + 32
-    for x in (LEFT, right):
-        parts.append(
-            rect(
-                x,
-                top - 18,
-                44,
-                y - top,
-                fill="idle",
-                stroke="rule",
-                radius=6,
-            )
-        )
-    parts.append(text(LEFT, 16, "memory", size=SMALL, fill="muted"))
+    gate, unit, parts = RIGHT - 34, 84, []
+    parts.append(text(LEFT, 16, "bytes of one weight, from memory", size=SMALL, fill="muted"))  # fmt: skip
+    for row, (name, note, bytes_, fill) in enumerate(rows):
+        y = 46 + 84 * row
+        parts.append(text(LEFT, y + 2, name, bold=True, size=SMALL))
+        parts.append(text(gate - 26, y + 2, note, size=SMALL, anchor="end"))
+        x = gate - 26 - unit * bytes_
+        parts.append(brick(x, y + 12, unit * bytes_, 34, fill=fill))
+        for whole in range(1, math.ceil(bytes_)):
+            parts.append(line(x + unit * (bytes_ - whole), y + 12, x + unit * (bytes_ - whole), y + 46, stroke="mortar", weight=1))  # fmt: skip
+        parts.append(arrow(gate - 22, y + 29, gate - 3, y + 29, weight=2))
+    parts.append(rect(gate, 30, 34, 84 * len(rows) - 24, fill="mint", stroke="emerald", radius=6))  # fmt: skip
     parts.append(
-        text(RIGHT, 16, "processor", size=SMALL, fill="muted", anchor="end")
+        text(
+            RIGHT, 16, "processor", size=SMALL, fill="emerald", anchor="end"
+        )
     )
-    return picture(["For every token, every weight", "is read once more"], y - 10, *parts)  # fmt: skip
+    return picture(["A token waits until every", "weight has been read"], 346, *parts)  # fmt: skip

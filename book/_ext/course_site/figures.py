@@ -29,9 +29,7 @@ def inline(svg: str, name: str, alt: str) -> str:
     title, description = f"fig-{name}-title", f"fig-{name}-desc"
     opening = f'<svg class="concept" role="img" aria-labelledby="{title} {description}"'
     svg = SIZE.sub("", svg.replace("<svg", opening, 1), count=1)
-    return svg.replace(
-        "<title>", f'<title id="{title}">', 1
-    ).replace(
+    return svg.replace("<title>", f'<title id="{title}">', 1).replace(
         "</title>",
         f'</title><desc id="{description}">{escape(alt, quote=False)}</desc>',
         1,
@@ -51,7 +49,9 @@ class InlineFigures(SphinxPostTransform):
                 continue
             alt = image.get("alt", "")
             if not alt:
-                raise ExtensionError(f"{path}: the picture needs an alt text")
+                raise ExtensionError(
+                    f"{path}: the picture needs an alt text"
+                )
             svg = (Path(self.app.srcdir) / path).read_text()
             image.replace_self(
                 nodes.raw("", inline(svg, path.stem, alt), format="html")
