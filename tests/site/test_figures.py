@@ -19,7 +19,7 @@ FAULTS = """() => [...document.querySelectorAll('svg.concept')].flatMap((svg) =>
     words.slice(0, i).forEach(([other, its]) => {
       const across = Math.min(box.right, its.right) - Math.max(box.left, its.left);
       const down = Math.min(box.bottom, its.bottom) - Math.max(box.top, its.top);
-      if (across > -3 * scale && down > 0.25 * Math.min(box.height, its.height))
+      if (across > -scale && down > 0.25 * Math.min(box.height, its.height))
         faults.push(`${name}: ${e.textContent} meets ${other.textContent}`);
     });
   });
