@@ -612,6 +612,7 @@ print(f"no damage to be seen: {np.mean(seen <= 0):.0%} of the sets")
 # next question.
 #
 # :::{figure-md} decision
+#
 # ![Decision chart. Start by fine-tuning in float, rounding a copy and measuring the damage in
 # pairs. Then seven questions from top to bottom; each leads to the approach that the table below
 # lists in the same order, from QuantWrapper for convolutional networks to quantization-aware
@@ -619,6 +620,7 @@ print(f"no damage to be seen: {np.mean(seen <= 0):.0%} of the sets")
 #
 # Which approach for which case. Two of the questions lead on either way: their answers choose a
 # format or prepare for it, and the rest still has to be asked.
+#
 # :::
 #
 # The same as a table, with the reasons.

@@ -16,13 +16,13 @@ from .style import (
 )
 
 STEPS = [  # question, answer, what leads on
-    (["1  A convolutional network?"], ["QuantWrapper: prepare,", "train, freeze, convert"], "no"),
-    (["2  Must it be faster, not only", "smaller?"], ["Find a kernel first, and take", "the format that it runs"], "either way"),
-    (["3  Activations in 8 bits, too?"], ["SmoothQuant if channels are", "loud; then QAT as below"], "either way"),
-    (["4  Are 8 bits enough, or is the", "damage not clearly above zero?"], ["Round to nearest. Done:", "nothing to recover"], "no"),
-    (["5  Very little text to train on,", "or none?"], ["Do not train: searched range,", "or GPTQ on what there is"], "no"),
-    (["6  Four bits, in groups?"], ["GPTQ. Train only if what is", "left is clearly above zero"], "no"),
-    (["7  Two or three bits?"], ["QAT: learned step, the float", "model as teacher, GPTQ as the", "bar to clear. Too little", "memory? With LoRA inside"], ""),
+    (["1 A convolutional network?"], ["QuantWrapper: prepare,", "train, freeze, convert"], "no"),
+    (["2 Must it be faster, not only", "smaller?"], ["Find a kernel first, and take", "the format that it runs"], "either way"),
+    (["3 Activations in 8 bits, too?"], ["SmoothQuant if channels are", "loud; then QAT as below"], "either way"),
+    (["4 Are 8 bits enough, or is the", "damage not clearly above zero?"], ["Round to nearest. Done:", "nothing to recover"], "no"),
+    (["5 Very little text to train on,", "or none?"], ["Do not train: searched range,", "or GPTQ on what there is"], "no"),
+    (["6 Four bits, in groups?"], ["GPTQ. Train only if what is", "left is clearly above zero"], "no"),
+    (["7 Two or three bits?"], ["QAT: learned step, the float", "model as teacher, GPTQ as the", "bar to clear. Too little", "memory? With LoRA inside"], ""),
 ]  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def lora() -> str:
             )
 
     w, delta = 1.2, 1.45
-    parts.append(text(LEFT, 16, "outside:  fq(W) + BA", bold=True))
+    parts.append(text(LEFT, 16, "outside: fq(W) + BA", bold=True))
     road(96, None)
     parts.append(dot(at(w), 46, "ink", 7))
     parts.append(text(at(w) - 14, 52, "W", bold=True, anchor="end"))
@@ -120,7 +120,7 @@ def lora() -> str:
     parts.append(text(at(1 + delta) + 16, 76, "between two bricks", size=SMALL, fill="red"))  # fmt: skip
     parts.append(text(LEFT, 160, "to store it, round once more, unpractised", size=SMALL, fill="muted"))  # fmt: skip
     y = 196
-    parts.append(text(LEFT, y + 16, "inside:  fq(W + BA)", bold=True))
+    parts.append(text(LEFT, y + 16, "inside: fq(W + BA)", bold=True))
     road(y + 96, 3)
     parts.append(dot(at(w), y + 52, "ink", 7))
     parts.append(text(at(w) - 14, y + 58, "W", bold=True, anchor="end"))

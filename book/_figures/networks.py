@@ -24,9 +24,9 @@ from .style import (
 def prepare_train_convert() -> str:
     """Draw the three stages, and what a weight is in each of them."""
     stages = [
-        ("1  prepare", "floats; a rounding block is put in",),
-        ("2  train", "floats move, rounded at every use"),
-        ("3  convert", "integers, for good"),
+        ("1 prepare", "floats; a rounding block is put in"),
+        ("2 train", "floats move, rounded at every use"),
+        ("3 convert", "integers, for good"),
     ]  # fmt: skip
     parts = []
     for i, (name, note) in enumerate(stages):
@@ -101,16 +101,16 @@ def fake_quant() -> str:
     mid = 240
     # forward: downwards on the left, backward: upwards on the right
     rows = [
-        (0, "weight 0.9, a float", "wheat", "the optimizer moves it"),
-        (114, "÷ 0.5 = 1.8", "card", ""),
-        (184, "round, clip: 2", "brick", ""),
-        (254, "× 0.5 = 1.0", "card", ""),
-        (368, "the layer computes with 1.0", "wheat", ""),
+        (0, "weight 0.9, a float", "wheat"),
+        (114, "÷ 0.5 = 1.8", "card"),
+        (184, "round, clip: 2", "brick"),
+        (254, "× 0.5 = 1.0", "card"),
+        (368, "the layer computes with 1.0", "wheat"),
     ]
     parts.append(
         rect(LEFT + 56, 96, 320, 222, stroke="red", radius=10, weight=2.5)
     )
-    for y, label, fill, _ in rows:
+    for y, label, fill in rows:
         wide = 264 if fill == "wheat" else 196
         parts.append(brick(mid - wide / 2, y, wide, 46, label, fill=fill, bold=fill == "brick"))  # fmt: skip
     for a, b in ((48, 110), (162, 182), (232, 252), (302, 364)):

@@ -16,9 +16,9 @@ AWAITED = {"masked-prompt"}  # drawn for a chapter that is still being written
 FIGURES = [
     re.compile(pattern, flags=re.S)
     for pattern in (
-        r":::\{figure-md\} (?P<label>\S+)\n"
+        r":::\{figure-md\} (?P<label>\S+)\n\n?"
         r"!\[(?P<alt>[^]]*)\]\(_static/figures/(?P<name>[\w-]+)\.svg\)\n\n"
-        r"(?P<caption>.*?)\n:::",
+        r"(?P<caption>.*?)\s*\n:::",
         r"```\{figure\} _static/figures/(?P<name>[\w-]+)\.svg\n"
         r":name: (?P<label>\S+)\n:alt: (?P<alt>[^\n]*)\n\n"
         r"(?P<caption>.*?)\n```",

@@ -47,7 +47,7 @@ class InlineFigures(SphinxPostTransform):
             path = PurePosixPath(image["uri"])
             if not path.is_relative_to(FOLDER):
                 continue
-            alt = image.get("alt", "")
+            alt = " ".join(image.get("alt", "").split())
             if not alt:
                 raise ExtensionError(
                     f"{path}: the picture needs an alt text"
