@@ -351,6 +351,19 @@ print(f"share of the parameters in the linear layer: {100 * share:.1f} %")
 #
 # ## What a repaired recipe should show
 #
+# :::{figure-md} fig-prepare-train-convert
+#
+# ![Three stages from top to bottom. Prepare: the weight 0.18 passes a rounding block and is used as
+# 0.137. Train: the same, with an arrow that carries the gradient back to the float. Convert: the
+# integer 1 times a scale of 0.137 is left, and the float is
+# gone.](_static/figures/prepare-train-convert.svg)
+#
+# In the first two stages the weight is a float that is rounded each time it is used; training moves
+# the float. Only the last stage throws it away and keeps the integer, here 1, and the scale that
+# makes 0.137 of it.
+#
+# :::
+#
 # The order has to be another, and it is the one that PyTorch has written into its own
 # `quantize_qat`: *prepare*, which puts fake quantization in; *train*; *convert*, which makes the
 # integers, last. The companion's `QuantWrapper` does the first in `prepare_qat()`, on the variant of

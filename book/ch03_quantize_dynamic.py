@@ -279,6 +279,18 @@ what_changed(layer, quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8))
 # %% [markdown]
 # ## How many bytes
 #
+# :::{figure-md} fig-bit-layouts
+#
+# ![Rows of cells, one for each bit. Float32 has 1 for the sign, 8 for the exponent and 23 for the
+# fraction; bfloat16 has 1, 8 and 7. An int8 is a row of eight, an int4 a row of
+# four.](_static/figures/bit-layouts.svg)
+#
+# One cell is one bit. A float spends most of its bits on telling close neighbours apart; an integer
+# of $b$ bits has $2^b$ values and no more: 256 for eight bits, 16 for four. bfloat16 is float32
+# with the last 16 bits of the fraction cut off.
+#
+# :::
+#
 # A weight shrinks from four bytes to one, everything else stays. If a share $p$ of the
 # parameters sits in layers that are swapped, the file should shrink to about
 #

@@ -51,6 +51,18 @@ warnings.filterwarnings("ignore")
 # %% [markdown]
 # ## Round, clip, and come back
 #
+# :::{figure-md} fig-number-line
+#
+# ![Eight dots above a road of sixteen bricks, numbered from -8 to 7. A line leads from each dot to
+# the nearest brick: -7, -3, -2, -1, 0, 1, 2 and 3 are used, eight bricks are not. Below, the weight
+# 0.18 becomes the integer 1, and the integer comes back as 0.137.](_static/figures/number-line.svg)
+#
+# The eight weights that the next cells round, above the road that they are to walk on. A brick is
+# as long as the scale, 0.1373. The red weight is 0.18, which is 1.31 bricks from zero; the nearest
+# brick has the number 1, and it lies at 1 · 0.137.
+#
+# :::
+#
 # {term}`Quantization` replaces real numbers by integers of a few bits. With $b$ bits there are
 # $2^b$ of them, from $q_{\min} = -2^{b-1}$ to $q_{\max} = 2^{b-1} - 1$. The {term}`scale` $s$ is
 # the length of one step in units of the weights. On a symmetric {term}`grid` the largest
@@ -183,6 +195,20 @@ for bits in (8, 4, 3, 2):
 #
 # ## Moving the zero: asymmetric grids
 #
+# :::{figure-md} fig-zero-point
+#
+# ![A histogram of values that leave a GELU: a peak around zero, none far below it, a long slope
+# upwards. Under it, the symmetric road has eight bricks below zero that nobody stands on. The
+# asymmetric road has sixteen bricks of half the length, all of them under the histogram; zero lies
+# on the brick with the integer 1.](_static/figures/zero-point.svg)
+#
+# The same activations over two roads of sixteen bricks. The symmetric one reaches as far down as
+# up, with a step of 4.83 / 7.5 = 0.644; the asymmetric one spans only what occurs, with a step of
+# (4.83 + 0.17) / 15 = 0.333. (The columns are drawn by their square root, so that the tail can be
+# seen.)
+#
+# :::
+#
 # Weights scatter around zero, so a symmetric grid suits them. Activations often do not: many of the
 # values that leave a GELU are below zero, but none is far below it, while upwards they go as far as
 # their inputs do. A symmetric grid must reach as far down as up, so nearly all of its integers below
@@ -230,6 +256,18 @@ print(f"mean squared error, asymmetric: {mse(x, ours):.5f}")
 
 # %% [markdown]
 # ## Who shares a scale
+#
+# :::{figure-md} fig-granularity
+#
+# ![Three copies of a matrix of 4 by 8 weights with one giant in it. One scale for all: all 32
+# weights get the giant's step. One scale for each row: 8 do. One scale for each group of four: 4
+# do.](_static/figures/granularity.svg)
+#
+# A frame holds the weights that share a scale. The step of a frame is set by its largest weight, so
+# whoever stands in the giant's frame, shown in red, is rounded coarsely. Smaller frames protect
+# more weights and need more scales.
+#
+# :::
 #
 # A convolution's weight has shape (out, in, height, width). It can have one scale in all
 # ({term}`per-tensor`), one for each output channel ({term}`per-channel`), or one for every few
@@ -464,6 +502,19 @@ for dtype in (torch.float32, torch.float16):
 
 # %% [markdown]
 # ## Observers: ranges from data
+#
+# :::{figure-md} fig-calibration
+#
+# ![Five short bars, the ranges of five batches, and one dot far to the right of the third. Below,
+# two roads with equally many bricks: the min-max road reaches out to the dot, and its bricks are
+# long; the moving average's road ends a little beyond the bars.](_static/figures/calibration.svg)
+#
+# The five batches of the next cell; every brick in the drawing stands for sixteen of the 256. The
+# min-max observer spans from −0.17 to 30, of which nearly all is empty; the moving average lets one
+# batch count for a tenth and ends at 5.16. Both are compared with the step that the batches would
+# have had without the stray value.
+#
+# :::
 #
 # Weights lie still and can be measured at any time. Activations pass by, batch after batch, and
 # something has to watch them: an {term}`observer`. Letting it watch is {term}`calibration`. The

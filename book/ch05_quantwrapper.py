@@ -133,6 +133,17 @@ print("integers for weights:    ", second.quant_min, "to", second.quant_max)
 #
 # ## Fusion: batch norm disappears into the convolution
 #
+# :::{figure-md} fig-batch-norm-folding
+#
+# ![Above, an input of 2 passes a convolution, 0.3 times x, becomes 0.6, passes a batch norm, 2
+# times (x minus 0.5) plus 0.1, and becomes 0.3. Below, it passes one convolution, 0.6 times x minus
+# 0.9, and becomes 0.3 as well.](_static/figures/batch-norm-folding.svg)
+#
+# One channel with one weight. In eval mode the batch norm multiplies by a gain, here 2, and shifts;
+# both can be moved into the weight and the bias beforehand, and 0.6 · 2 − 0.9 is the same 0.3.
+#
+# :::
+#
 # An integer kernel computes convolution, batch norm and ReLU in one go, and in eval mode this
 # costs nothing: batch norm is then a fixed multiplication and addition per channel, and both can
 # be folded into the convolution. With $g = \gamma / \sqrt{\sigma^2 + \epsilon}$ per channel,

@@ -62,6 +62,19 @@ def draw(*shape):  # in double, so that every machine draws the same numbers
 # %% [markdown]
 # ## Round, and come back
 #
+# :::{figure-md} fig-fake-quant
+#
+# ![A chain from top to bottom. The weight 0.9, a float, enters a frame called fake quantization, is
+# divided by 0.5 to 1.8, rounded and clipped to 2, and multiplied by 0.5 to 1.0; the layer computes
+# with 1.0. An arrow for the gradient leads straight back up to the
+# float.](_static/figures/fake-quant.svg)
+#
+# One weight of the next cell, whose step is 0.5. On the way forward it becomes 1.8 steps, then the
+# integer 2, then 1.0. On the way back the gradient passes the whole block as if it were not there,
+# and the optimizer moves the 0.9.
+#
+# :::
+#
 # {term}`Fake quantization` rounds a weight $w$ to the nearest point of its {term}`grid` and returns
 # that point as a float:
 #
@@ -99,6 +112,19 @@ print("gradient:", w.grad.tolist())
 # no training at all.
 #
 # ## Straight through
+#
+# :::{figure-md} fig-straight-through
+#
+# ![The last bricks of a four-bit road, 5, 6 and 7, and no brick beyond. Three weights get the same
+# gradient: 5.3 and 7.3 above bricks, 8.4 above none. By the true slope nothing arrives at any of
+# them; straight through, the gradient arrives at the first two, and not at the
+# third.](_static/figures/straight-through.svg)
+#
+# Weights in steps of the grid. The true slope of a stair is zero, so nobody is told anything. The
+# straight-through rule puts 1 in its place for every weight that rounds to a brick which exists,
+# and leaves the 0 where there is none.
+#
+# :::
 #
 # The {term}`straight-through estimator` ({cite}`bengio2013`) keeps the staircase in the forward pass
 # and, in the backward pass, pretends that it was a straight line wherever the weight was inside the

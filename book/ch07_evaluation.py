@@ -145,6 +145,18 @@ print("the same interval:", same)
 #
 # ## In pairs
 #
+# :::{figure-md} fig-paired-difference
+#
+# ![A bar of 500 images: both models right on 380, only the first on 20, neither on 100. Below, the
+# intervals of the two accuracies overlap. Below that, the interval of the difference, around 0.04,
+# lies clear of zero.](_static/figures/paired-difference.svg)
+#
+# The made-up example of the next two cells. Alone, the models reach 0.80 and 0.76, and their
+# intervals share a stretch. But on 480 of the 500 images the two agree, and these say nothing about
+# which is better. What is left are 20 images, all for the first model, and 20 / 500 = 0.04.
+#
+# :::
+#
 # Two such intervals may overlap and the models still differ, because both met the same hard
 # images. Compare them image by image: give each image +1 where only the first model is right, -1
 # where only the second is, 0 where they do not differ, and average. That mean is the

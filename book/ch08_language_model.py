@@ -276,6 +276,16 @@ glue("ch08-embedding", sizes["embedding"] / total, display=False)
 #
 # ## Between how many words it hesitates
 #
+# :::{figure-md} fig-perplexity
+#
+# ![Three rows of doors. One door, certain and right: loss 0, perplexity 1. Two doors: loss ln 2,
+# perplexity 2. Eight doors: loss ln 8, perplexity 8.](_static/figures/perplexity.svg)
+#
+# Behind one of the doors is the token that comes next, and all of them look equally likely. With
+# $k$ doors its probability is $1/k$, the loss $\ln k$, and the perplexity $e^{\ln k} = k$ again.
+#
+# :::
+#
 # At every place the model gives each token of the vocabulary a probability. Training and testing ask
 # the same question: how probable was the token that came? For tokens $t_1, \dots, t_n$ the **loss**
 # is the mean of $-\log p(t_i \mid t_0 \dots t_{i-1})$, and **perplexity** its exponential

@@ -1081,6 +1081,17 @@ for block, tokens in first.items():
 #
 # ## Packing
 #
+# :::{figure-md} fig-packing
+#
+# ![Eight integers, -7, -3, -2, -1, 0, 1, 2 and 3, each written with four binary digits. Lines that
+# cross lead each pair into one byte: the first integer becomes the lower half, the second the upper
+# half. The four bytes are d9, fe, 10 and 32 in hexadecimal.](_static/figures/packing.svg)
+#
+# Eight integers of four bits take 8 · 4 / 8 = 4 bytes. A byte is written with its upper half first,
+# so the two of a pair change places: −7 is 1001, −3 is 1101, and their byte reads 1101 1001.
+#
+# :::
+#
 # So far the integers sat in `int8`, one byte each, whatever their width. {term}`Packing` puts two
 # of four bits into each byte. In two's complement the four lowest bits of a number say all about
 # it; the second number moves up by four. Coming back, a pattern of 8 or more stands for a negative

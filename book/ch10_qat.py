@@ -377,6 +377,18 @@ print("QAT still above the control: ", left_over.low > 0)
 # %% [markdown]
 # ## The share recovered
 #
+# :::{figure-md} fig-recovered-share
+#
+# ![A ruler of losses. At the top the model rounded afterwards, at the bottom the float control,
+# between them the model trained under rounding. The way from the top to the middle is taken back,
+# the rest is still missing.](_static/figures/recovered-share.svg)
+#
+# Three losses on one ruler. Rounding afterwards lifts the loss from the control to PTQ; training
+# under rounding goes a part of that way back. The share is this part, whatever the length of the
+# whole.
+#
+# :::
+#
 # One number sums up the three arms, the {term}`recovered share`:
 #
 # $$ \text{recovery} = \frac{L_{\text{PTQ}} - L_{\text{QAT}}}{L_{\text{PTQ}} - L_{\text{control}}} . $$

@@ -222,6 +222,18 @@ for name, bits in (("3 bits", W3), ("2 bits", W2)):
 #
 # ## A range that is learned
 #
+# :::{figure-md} fig-learned-step
+#
+# ![A road of four bricks, -2 to 1, and three weights, at -3, 0.6 and 2 steps. The first and the
+# last lie beyond the road. To the weights arrive gradients of 0, 1 and 0. To the step arrive -2,
+# 0.4 and 1.](_static/figures/learned-step.svg)
+#
+# The step is a parameter like a weight, and every weight of its group sends it a gradient. One that
+# lies on the road sends its rounding error, here 1 − 0.6 = 0.4. One that lies beyond its end sends
+# the number of the last brick: the only way to reach it is a longer road.
+#
+# :::
+#
 # Squared error of the weights is not the loss of the model. Let the loss decide: make the scale a
 # parameter. That needs a gradient for it. Esser et al. {cite}`esser2020` differentiate
 # $\hat w = s \cdot \operatorname{clip}(\operatorname{round}(w / s))$ with the rounding passed
@@ -359,6 +371,17 @@ print(
 #
 # ## Imitation
 #
+# :::{figure-md} fig-teacher-student
+#
+# ![A sentence with a gap and five words that might fill it. The label gives all to one of them. The
+# float model gives each a bar: long for value, shorter for result, list and number, next to nothing
+# for banana.](_static/figures/teacher-student.svg)
+#
+# A drawn example, not a measured one: a measured one follows below. The label says which word came.
+# The float model says as well which others would have done, and which would not.
+#
+# :::
+#
 # Labels say which token came next in one text. The float model knows more: how probable every
 # other one would have been. {term}`Distillation` lets the rounded model imitate that
 # {cite}`hinton2015`, by the divergence between the two distributions,
@@ -438,6 +461,18 @@ for name, arm in ARMS.items():
 # %% [markdown]
 # ## Few parameters: LoRA inside the rounding
 #
+# :::{figure-md} fig-lora
+#
+# ![Two roads of bricks. Above, the weight is rounded first, and the adapter's arrow ends between
+# two bricks. Below, the adapter is added to the float first, and the sum is rounded to a
+# brick.](_static/figures/lora.svg)
+#
+# The same weight $W$ and the same adapter $BA$ in two orders; fq is fake quantization. Added after
+# the rounding, the adapter leads off the bricks again. Added before, it decides which brick is
+# taken.
+#
+# :::
+#
 # Where there is no memory to train every weight, {term}`LoRA` {cite}`hu2022` freezes them and trains
 # a product of two thin matrices that is added. *Where* it is added decides whether the result can
 # be rounded. After the rounding, $\operatorname{fq}(W)\,x + BA\,x$, the sum lies on no grid, and
@@ -497,6 +532,18 @@ print(
 # **When to choose it.** For lack of memory. It moves less, so expect it to recover less at two bits.
 #
 # ## Without training: GPTQ
+#
+# :::{figure-md} fig-gptq
+#
+# ![A matrix whose first columns are rounded, the third is being rounded, and arrows lead from it to
+# the columns that are still floats. Below, bars: two weights of 0.6 add up to 1.2; rounded each to
+# its nearest they add up to 2; with compensation to 1.](_static/figures/gptq.svg)
+#
+# What one column does wrong, the floats to its right can still make up for. Below, the example that
+# the next cell computes, two weights whose inputs move as one: after the first has gone up from 0.6
+# to 1, the second is moved down by nearly 0.4 and rounds to 0.
+#
+# :::
 #
 # A fair opponent of training looks at data too. GPTQ {cite}`frantar2023` rounds a weight matrix
 # column by column. With $H$ the mean of $x x^\top$ over the layer's inputs, an error $e_j$ in column
@@ -587,6 +634,19 @@ for bits in (4, 3, 2):
 # training has to clear; rounding to nearest is not.
 #
 # ## Without training: SmoothQuant
+#
+# :::{figure-md} fig-smoothquant
+#
+# ![Bars of four activations and four weights. Before, the second activation is 64 where the others
+# are 8, and its weight is 1 where the others are 8. After, the activation is divided by 8 and the
+# weight multiplied by 8, and all bars are alike. 64 times 1 and 8 times 8 are both
+# 64.](_static/figures/smoothquant.svg)
+#
+# One loud channel would set the step for all activations. With $\alpha = 1/2$ in the formula below,
+# its factor is $\sqrt{64 / 1} = 8$; that of the others is 1. Divided by 8 it is like them, and the
+# weight that reads it takes the 8 on; what the layer computes stays the same.
+#
+# :::
 #
 # All of this was about weights. Where activations are rounded as well, one loud channel widens the
 # steps for all others. SmoothQuant {cite}`xiao2023` divides channel $j$ by $f_j$ where it leaves a

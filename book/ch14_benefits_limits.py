@@ -613,13 +613,17 @@ print(f"no damage to be seen: {np.mean(seen <= 0):.0%} of the sets")
 # No way is the best; one of them fits. From top to bottom, each question leads to an answer or to the
 # next question.
 #
-# ```{figure} _static/decision.svg
-# :name: decision
-# :width: 460px
-# :alt: Decision chart. Start by fine-tuning in float, rounding a copy and measuring the damage in pairs. Then seven questions from top to bottom; each leads to the approach that the table below lists in the same order, from QuantWrapper for convolutional networks to quantization-aware training with distillation for two or three bits.
+# :::{figure-md} decision
 #
-# Which approach for which case.
-# ```
+# ![Decision chart. Start by fine-tuning in float, rounding a copy and measuring the damage in
+# pairs. Then seven questions from top to bottom; each leads to the approach that the table below
+# lists in the same order, from QuantWrapper for convolutional networks to quantization-aware
+# training with distillation for two or three bits.](_static/figures/decision.svg)
+#
+# Which approach for which case. Two of the questions lead on either way: their answers choose a
+# format or prepare for it, and the rest still has to be asked.
+#
+# :::
 #
 # The same as a table, with the reasons.
 #

@@ -475,6 +475,16 @@ bars_with_limits(
 )
 
 # %% [markdown]
+# :::{figure-md} fig-weights-read
+#
+# ![Four queues before the same gate, each as long as one weight has bytes: float32 4, eight bits
+# 1.125, four bits 0.625, two bits 0.375.](_static/figures/weights-read.svg)
+#
+# The gate lets equally many bytes through in a second, whatever they mean. With a float32 scale for
+# each group of 32, a weight in float32 takes 4 / 0.625 = 6.4 times as long as one of four bits.
+#
+# :::
+#
 # The marks say what memory asks for. For each token every weight is read once, which at the speed of a
 # copy takes about bytes over bandwidth,
 #

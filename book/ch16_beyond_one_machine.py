@@ -180,6 +180,19 @@ print("a fiftieth of the rounding, or less:", (error < 0.02).item())
 #
 # ## Where the memory goes
 #
+# :::{figure-md} fig-training-memory
+#
+# ![Bars of bytes for each parameter. To serve in float32: 4. To serve in four bits: 0.56. To train
+# with AdamW: weight 4, two moments 8, gradient 4, together 16. With a teacher: 4 more, 20. Below,
+# dashed boxes for the activations, which grow with the
+# tokens.](_static/figures/training-memory.svg)
+#
+# Bytes for one parameter, all in float32 except where it says otherwise: 4 + 8 + 4 = 16 to train,
+# and 4 more for a teacher that only computes. Four bits in groups of 32 with a float16 scale take
+# 4/8 + 2/32 = 0.5625.
+#
+# :::
+#
 # Count bytes for each parameter. AdamW keeps two moments:
 #
 # | | bytes | lives |
