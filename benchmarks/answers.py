@@ -31,14 +31,14 @@ PROMPTS = (
     "What is the capital of France?",
     "Why does ice float on water? Answer in one sentence.",
     "Tell me a story about a girl and her dog in three sentences.",
-    "How many days does a week have?",
+    "Translate into French: good morning.",
 )
 TOKENS = 60
 """Of an answer, at most."""
 NEAREST, GPTQ = (8, 4, 3, 2), (4, 3, 2)
 """Bits of either way to round; at eight, rounding costs next to nothing."""
-ROWS = 32
-"""Rows of 256 tokens that GPTQ calibrates on: 8,192 tokens of docstrings."""
+ROWS = 16
+"""Rows of 256 tokens that GPTQ calibrates on: 4,096 tokens of docstrings."""
 
 
 @torch.no_grad()

@@ -30,6 +30,15 @@ def as_script(name: str, text: str) -> str:
     return f'<script type="application/json" id="moving-{name}">{held}</script>\n'
 
 
+def without_figures(assets: list[Any]) -> list[Any]:
+    """Leave out what jupyter-book loads on every page: all that lies below _static."""
+    return [
+        asset
+        for asset in assets
+        if "/moving/" not in str(getattr(asset, "filename", asset))
+    ]
+
+
 def add_figures(
     app: Sphinx,
     pagename: str,
@@ -38,6 +47,8 @@ def add_figures(
     doctree: nodes.document,
 ) -> None:
     """Load what the figures of a page need, and nothing on pages without one."""
+    for key in ("script_files", "css_files"):
+        context[key][:] = without_figures(context[key])
     names = sorted(set(ASKED.findall(context.get("body", ""))))
     if not names:
         return

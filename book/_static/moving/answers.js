@@ -5,7 +5,7 @@ moving.figure("answers", ({ prompts, answers, tokens }) => {
   const WORDS = { float: "floating point", nearest: "rounded to nearest", gptq: "rounded by GPTQ" };
   const widths = [...new Set(answers.map((a) => a.bits))].sort((a, b) => (b ?? 32) - (a ?? 32));
   const methods = [...new Set(answers.filter((a) => a.bits).map((a) => a.method))];
-  const state = { prompt: 0, width: 0, method: "nearest" };
+  const state = { prompt: 0, width: Math.max(widths.indexOf(4), 0), method: "nearest" };
 
   const find = (bits, method) => answers.find((a) => a.bits === bits && (!bits || a.method === method));
   const bits = () => widths[state.width];
@@ -16,7 +16,7 @@ moving.figure("answers", ({ prompts, answers, tokens }) => {
   });
   prompt.node.classList.add("mv-tall");
   const width = slider({
-    label: "Bits of a weight", min: 0, max: widths.length - 1, value: 0,
+    label: "Bits of a weight", min: 0, max: widths.length - 1, value: state.width,
     say: (i) => (widths[i] ? `${widths[i]} bits, groups of 32` : "floating point"),
     change: (i) => { state.width = i; update(); },
   });

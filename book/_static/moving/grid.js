@@ -177,10 +177,13 @@ moving.figure("grid", ({ columns, rows }) => {
     zeros.set(`${none} of ${columns}`);
     report.say(`${state.bits} bits, ${state.size ? `groups of ${size}` : "one scale for the row"}, range ${state.clip}%: `
       + `rounding moves the row by ${percent(whole, 1)}, and the ends of the grid cut off ${cut} of its ${columns} weights.`);
-    which.node.hidden = !state.size;
+    strip.hidden = !state.size;
     histogram.again();
     ladder.again();
   }
+  const strip = el("div", {},
+    el("p", { class: "mv-small" }, "Step of each group along the row; tap one, and it is drawn above."),
+    ladder.node, which.node);
   toGiant();
   update();
 
@@ -192,8 +195,7 @@ moving.figure("grid", ({ columns, rows }) => {
     histogram.node,
     el("ul", { class: "mv-key" }, key.map(([colour, words]) =>
       el("li", {}, el("i", { style: `background: var(--mv-${colour})` }), words))),
-    el("div", {}, el("p", { class: "mv-small" }, "Step of each group along the row; tap one, and it is drawn above."),
-       ladder.node, which.node),
+    strip,
     el("dl", { class: "mv-tiles" }, [ofRow, ofGroup, bytes, zeros].map((t) => t.node)),
     report.node,
   ];

@@ -29,8 +29,9 @@ moving.figure("recovery", (study) => {
         const words = { class: picked ? "strong" : "" };
         content.push(narrow ? text(left, y - 14, r.method, words) : text(left - 12, y + 5, r.method, { ...words, "text-anchor": "end" }));
         content.push(text(narrow ? right + 8 : width, narrow ? y - 14 : y + 5, interval(r.share), { ...words, "text-anchor": "end" }));
-        content.push(svg("line", { x1: x(from), x2: x(to), y1: y, y2: y, stroke: colour(r.method), "stroke-width": picked ? 6 : 4, "stroke-linecap": "round", ...shade }),
-                     svg("circle", { cx: x(value), cy: y, r: picked ? 8 : 6, fill: colour(r.method), stroke: "var(--mv-card)", "stroke-width": 2, ...shade }),
+        const stroke = { fill: "none", stroke: colour(r.method), "stroke-width": picked ? 3 : 2, ...shade };
+        content.push(svg("path", { d: `M${x(from)} ${y - 7}v14m0 -7H${x(to)}m0 -7v14`, ...stroke }),
+                     svg("circle", { cx: x(value), cy: y, r: picked ? 5.5 : 4, fill: colour(r.method), ...shade }),
                      svg("rect", { x: 0, width, y: top + i * tall, height: tall, fill: "transparent", "data-method": r.method }));
       });
       return { height: base + 26, content };

@@ -30,7 +30,7 @@ const staircase = (() => {
 moving.figure("staircase", () => {
   const { drawing, el, linear, minus, slider, svg, text } = moving;
   const { scale, low, high, target, start } = staircase.grid;
-  const ENDS = [-2.9, 2.4], SHOWN = 40, BEAT = 400;
+  const ENDS = [-3, 2.5], SHOWN = 40, BEAT = 400;
   const state = { w: Math.fround(start), straight: true, trail: [Math.fround(start)], timer: 0 };
   const signed = (x, digits = 2) => minus((Math.abs(x) < 5e-3 ? 0 : x).toFixed(digits));
 
@@ -83,11 +83,12 @@ moving.figure("staircase", () => {
       let path = `M${left} ${y(low * scale)}`;
       for (let q = low; q < high; q += 1) path += `H${x((q + 0.5) * scale)}V${y((q + 1) * scale)}`;
       content.push(svg("path", { d: `${path}H${right}`, fill: "none", stroke: "var(--mv-night)", "stroke-width": 3, "stroke-linejoin": "round" }));
-      content.push(text(x(edges[1]) + 4, base - 8, "clipped", { style: "fill: var(--mv-slipper)" }),
-                   text(x(edges[0]) - 4, base - 8, "clipped", { "text-anchor": "end", style: "fill: var(--mv-slipper)" }));
+      for (const middle of [(left + x(edges[0])) / 2, (x(edges[1]) + right) / 2])
+        content.push(text(middle, foot - 10, "clipped", { "text-anchor": "middle", style: "fill: var(--mv-slipper)" }));
       // the path so far, downward
       const shown = state.trail.slice(-SHOWN - 1), first = state.trail.length - shown.length;
       line(x(target), base, x(target), foot, { stroke: "var(--mv-emerald)", "stroke-width": 2, "stroke-dasharray": "7 5" });
+      content.push(text(left - 6, from - 14, "step", { "text-anchor": "end" }));
       for (let k = Math.ceil(first / 10) * 10; k <= first + SHOWN; k += 10)
         content.push(text(left - 6, from + (k - first) * row + 4, String(k), { "text-anchor": "end" }));
       content.push(svg("path", {
