@@ -140,7 +140,9 @@ def main() -> None:
     def keep(entry: dict) -> None:
         done[entry["name"]] = entry
         write_results("answers", list(done.values()), prompts=PROMPTS, tokens=TOKENS, rows=ROWS)
-        print(entry["name"], *(a["text"] for a in entry["answers"].values()), sep="\n  ", flush=True)
+        print(
+            entry["name"], *(a["text"] for a in entry["answers"].values()), sep="\n  ", flush=True
+        )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for label, folder in args.model:

@@ -247,7 +247,7 @@ curves(
 # Try a start beyond the ends of the grid, and the true gradient. Three bits, to have both ends in view;
 # the rest is the example above.
 # </figcaption>
-# <img src="_static/moving/staircase.svg" width="640" alt="Above, a staircase of eight levels with a weight on it and an arrow towards the target; below, the path of the hidden weight step by step, which drifts to the edge between two levels and then goes to and fro across it.">
+# <img src="_static/moving/staircase.svg" width="480" alt="Above, a staircase of eight levels with a weight on it and an arrow towards the target; below, the path of the hidden weight step by step, which drifts to the edge between two levels and then goes to and fro across it.">
 # <p class="mv-still">A still: in the book, with scripts, it moves.</p>
 # </figure>
 #

@@ -623,7 +623,7 @@ print("W8 answers word for word as float:", "yes" if same else "no")
 # see what GPTQ keeps of the answer. The rounding is that of the map above, in groups of 32; GPTQ has
 # read 4,096 tokens here.
 # </figcaption>
-# <img src="_static/moving/answers.svg" width="640" alt="Answers of SmolLM2 to one prompt, in floating point and in eight, four, three and two bits, rounded to nearest and by GPTQ.">
+# <img src="_static/moving/answers.svg" width="480" alt="Answers of SmolLM2 to one prompt, in floating point and in eight, four, three and two bits, rounded to nearest and by GPTQ.">
 # <p class="mv-still">A still: in the book, with scripts, it moves.</p>
 # </figure>
 #
@@ -846,7 +846,7 @@ curves(
 # fewer weights, or cut its range short, and see which weights land where. As these weights came out of a
 # 4-bit file, in blocks of 32, each block has few distinct values.
 # </figcaption>
-# <img src="_static/moving/grid.svg" width="640" alt="A histogram of one row of weights with the sixteen levels of a four-bit grid drawn over it; one giant weight at the far end stretches the grid, and nearly all others fall between two neighbouring levels.">
+# <img src="_static/moving/grid.svg" width="480" alt="A histogram of one row of weights with the sixteen levels of a four-bit grid drawn over it; one giant weight at the far end stretches the grid, and nearly all others fall between two neighbouring levels.">
 # <p class="mv-still">A still: in the book, with scripts, it moves.</p>
 # </figure>
 #

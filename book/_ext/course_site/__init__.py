@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Set every concern up; pages built by an earlier state of this folder are built anew."""
-    for module in (address, assets, dropdowns, moving, numbers, pages, reference):
+    for module in (
+        address,
+        assets,
+        dropdowns,
+        moving,
+        numbers,
+        pages,
+        reference,
+    ):
         module.setup(app)
     sources = [
         path

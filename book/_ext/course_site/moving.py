@@ -88,7 +88,9 @@ def outdated(
     return [
         name
         for name in env.found_docs
-        if ASKED.search(Path(env.doc2path(name)).read_text().replace("\\", ""))
+        if ASKED.search(
+            Path(env.doc2path(name)).read_text().replace("\\", "")
+        )
     ]
 
 
