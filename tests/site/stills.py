@@ -104,6 +104,13 @@ def road() -> str:
 IN_WORDS = {"answers": answers, "road": road}
 
 
+def open_lightly(page, address: str) -> None:
+    """Open a page without its equations, which nothing here looks at."""
+    empty = {"body": "", "content_type": "text/javascript"}
+    page.route("**/mathjax/**", lambda route: route.fulfill(**empty))
+    page.goto(address, wait_until="domcontentloaded", timeout=120_000)
+
+
 def page_of(folder: Path, name: str) -> str:
     """Return the page of a built book that has a figure."""
     return next(p.name for p in sorted(folder.glob("ch*.html")) if f'data-figure="{name}"' in p.read_text())  # fmt: skip
@@ -123,7 +130,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         for name in BY_SCRIPT:
             page = browser.new_page()
-            page.goto((HTML / page_of(HTML, name)).as_uri())
+            open_lightly(page, (HTML / page_of(HTML, name)).as_uri())
             stills[name] = drawn(page, name)
         browser.close()
     for name, text in stills.items():

@@ -12,7 +12,7 @@ from playwright.sync_api import Locator, Page
 from benchmarks.moving import FIGURES
 from companion import choose_scale, dequantize, fake_quantize, quantize
 from companion.numerics.affine import to_groups
-from tests.site.stills import BY_SCRIPT, IN_WORDS, drawn, page_of
+from tests.site.stills import BY_SCRIPT, IN_WORDS, drawn, open_lightly, page_of
 
 NAMES = ("answers", "grid", "recovery", "road", "staircase")
 
@@ -31,7 +31,7 @@ def figures(browser, site) -> Iterator:
             page = opened[name] = context.new_page()
             page.on("console", lambda m: m.type == "error" and faults.append(f"{name}: {m.text}"))
             page.on("pageerror", lambda e: faults.append(f"{name}: {e}"))
-            page.goto(page_of(site.folder, name), wait_until="domcontentloaded")
+            open_lightly(page, page_of(site.folder, name))
         return opened[name].locator(f"[data-figure={name}]")
 
     yield of
@@ -321,7 +321,7 @@ def test_it_is_named_and_says_what_it_shows(figures, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_without_scripts_there_is_a_still_image(tab, site, name):
     page = tab(390, java_script_enabled=False)
-    page.goto(page_of(site.folder, name), wait_until="load")
+    open_lightly(page, page_of(site.folder, name))
     still = page.locator(f"[data-figure={name}] > img")
     still.scroll_into_view_if_needed()
     assert still.is_visible()
@@ -335,7 +335,7 @@ def test_without_scripts_there_is_a_still_image(tab, site, name):
 
 def test_a_page_opened_from_its_folder_moves_too(browser, site):
     page = browser.new_page()
-    page.goto((site.folder / page_of(site.folder, "grid")).as_uri(), wait_until="load")
+    open_lightly(page, (site.folder / page_of(site.folder, "grid")).as_uri())
     assert tile(page.locator("[data-figure=grid]"), "error of the row").endswith("%")
     page.close()
 
@@ -343,7 +343,7 @@ def test_a_page_opened_from_its_folder_moves_too(browser, site):
 @pytest.mark.parametrize("name", BY_SCRIPT)
 def test_stills_are_what_the_figures_draw(browser, site, name):
     page = browser.new_page(base_url=site.address, viewport={"width": 390, "height": 844})
-    page.goto(page_of(site.folder, name), wait_until="domcontentloaded")
+    open_lightly(page, page_of(site.folder, name))
     assert drawn(page, name) == (FIGURES / f"{name}.svg").read_text()
     page.close()
 

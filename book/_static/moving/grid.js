@@ -123,11 +123,16 @@ moving.figure("grid", ({ columns, rows }) => {
       for (let q = low; q <= high; q += 1)
         levels.push(svg("line", { x1: x(q * scale), x2: x(q * scale), y1: top + 10, y2: foot,
                                   stroke: "var(--mv-night)", "stroke-width": thin, "stroke-opacity": 0.75 }));
-      const threads = [...own].map((w, i) => svg("path", {
-        d: `M${x(w).toFixed(1)} ${base + 1}L${x(values[i]).toFixed(1)} ${foot}`, fill: "none",
-        stroke: cut[i] ? "var(--mv-slipper)" : "var(--mv-brick)",
-        "stroke-width": cut[i] ? 2 : 1.2, "stroke-opacity": cut[i] ? 1 : own.length > 200 ? 0.35 : 0.8,
-      }));
+      // one path for all that are kept and one for all that are cut off; what coincides is drawn once
+      const threads = [false, true].map((isCut) => {
+        const lines = [...own].map((w, i) =>
+          cut[i] === isCut && `M${x(w).toFixed(1)} ${base + 1}L${x(values[i]).toFixed(1)} ${foot}`);
+        return svg("path", {
+          d: [...new Set(lines)].filter(Boolean).join(""), fill: "none",
+          stroke: isCut ? "var(--mv-slipper)" : "var(--mv-brick)",
+          "stroke-width": isCut ? 2 : 1.2, "stroke-opacity": own.length > 200 ? 0.6 : 0.9,
+        });
+      });
       const ticks = [-end / 1.06, 0, end / 1.06].map((v, i) =>
         text(x(v), foot + 17, moving.minus(v.toPrecision(2).replace(/^0\.0+$/, "0")),
              { "text-anchor": ["start", "middle", "end"][i] }));
