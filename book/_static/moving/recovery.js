@@ -90,8 +90,9 @@ moving.figure("recovery", (study) => {
     change: (i) => { state.budget = i; update(); },
   });
   const picker = (label, which) => {
-    const select = el("select", { onchange: () => { state[which] = select.value; update(); } });
-    return { select, node: el("label", { class: "mv-select" }, el("span", {}, label), select) };
+    const id = `moving-recovery-${which}`;
+    const select = el("select", { id, onchange: () => { state[which] = select.value; update(); } });
+    return { select, node: el("div", { class: "mv-select" }, el("label", { for: id }, label), select) };
   };
   const first = picker("Compare", "first"), second = picker("with", "second");
   const pickers = el("div", { class: "mv-controls" }, first.node, second.node);
