@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.excerpts import SIZE
 from benchmarks.provenance import RESULTS
 from companion import Estimate, load_pretrained
 from companion.evaluation.language import DocumentLosses, loss_difference
@@ -130,6 +131,7 @@ def answers() -> dict:
     return {
         "source": "benchmarks/results/answers.json",
         "tokens": study["provenance"]["settings"]["tokens"],
+        "calibration": SIZE * study["provenance"]["settings"]["rows"],
         "prompts": study["provenance"]["settings"]["prompts"],
         "answers": [
             {"bits": r["bits"], "method": r["method"],

@@ -619,11 +619,10 @@ print("W8 answers word for word as float:", "yes" if same else "no")
 #
 # <figure class="moving" data-figure="answers">
 # <figcaption><strong>Fewer bits, other words</strong>
-# Four more prompts, answered greedily and stored; choose a prompt, take the bits away one by one, and
-# see what GPTQ keeps of the answer. The rounding is that of the map above, in groups of 32; GPTQ has
-# read 4,096 tokens here.
+# Four prompts, answered greedily and stored: choose one, and take the bits away one by one. Groups are
+# of 32, as in the map above; a better way to round keeps more of an answer.
 # </figcaption>
-# <img src="_static/moving/answers.svg" width="480" alt="Answers of SmolLM2 to one prompt, in floating point and in eight, four, three and two bits, rounded to nearest and by GPTQ.">
+# <img src="_static/moving/answers.svg" width="480" alt="Answers of SmolLM2 to one prompt, in floating point and in eight, four, three and two bits.">
 # <p class="mv-still">A still: in the book, with scripts, it moves.</p>
 # </figure>
 #

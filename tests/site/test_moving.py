@@ -212,7 +212,7 @@ def test_methods_are_compared_and_tokens_shown(figures):
     figure.page.wait_for_function(
         "document.querySelector('.mv-report').textContent.includes('torchao, teacher by')"
     )
-    figure.get_by_label("tokens trained").check()
+    figure.get_by_label("tokens trained", exact=True).check()
     assert figure.get_by_label("4", exact=True).is_disabled()
     slider(figure, "Tokens trained").focus()
     figure.page.keyboard.press("Home")

@@ -1,6 +1,6 @@
 // The same prompt, answered by SmolLM2 in fewer and fewer bits, from stored generations.
 
-moving.figure("answers", ({ prompts, answers, tokens }) => {
+moving.figure("answers", ({ prompts, answers, tokens, calibration }) => {
   const { el, slider } = moving;
   const WORDS = { float: "floating point", nearest: "rounded to nearest", gptq: "rounded by GPTQ" };
   const widths = [...new Set(answers.map((a) => a.bits))].sort((a, b) => (b ?? 32) - (a ?? 32));
@@ -45,6 +45,7 @@ moving.figure("answers", ({ prompts, answers, tokens }) => {
     const there = methods.filter((m) => !now || find(now, m));
     if (!there.includes(state.method)) { state.method = there[0]; method.set(there[0]); }
     method.allow(now ? there : []);
+    method.node.hidden = methods.length < 2;
     const reference = find(null).said[state.prompt], found = find(now, state.method);
     heading.textContent = now ? `SmolLM2 in ${now} bits, ${WORDS[state.method] ?? state.method}` : "SmolLM2 in floating point";
     answer.replaceChildren(...marked(found.said[state.prompt], reference[0]).filter(Boolean));
@@ -56,5 +57,6 @@ moving.figure("answers", ({ prompts, answers, tokens }) => {
   return [prompt.node, el("div", { class: "mv-controls" }, width.node, method.node),
           el("div", {}, heading, answer), beside,
           el("p", { class: "mv-small" }, "Marked: from the first word on that differs from the floating-point answer. "
-             + `Three dots: cut off after ${tokens} tokens.`)];
+             + `Three dots: cut off after ${tokens} tokens.`
+             + (methods.includes("gptq") ? ` GPTQ has read ${calibration.toLocaleString("en")} tokens.` : ""))];
 });
