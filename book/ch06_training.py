@@ -269,6 +269,16 @@ curves(
 # The hidden weight collects small pushes that are each too small to change the integer, until it
 # crosses the edge of a step and the integer flips. That is the whole mechanism.
 #
+# <figure class="moving" data-figure="staircase">
+# <figcaption><strong>Small pushes, and then a flip</strong>
+# Drag the weight along the staircase, or move it with the arrow keys, and let it descend step by step.
+# Try a start beyond the ends of the grid, and the true gradient. Three bits, to have both ends in view;
+# the rest is the example above.
+# </figcaption>
+# <img src="_static/moving/staircase.svg" width="480" alt="Above, a staircase of eight levels with a weight on it and an arrow towards the target; below, the path of the hidden weight step by step, which drifts to the edge between two levels and then goes to and fro across it.">
+# <p class="mv-still">A still: in the book, with scripts, it moves.</p>
+# </figure>
+#
 # Notice how it ends. Neither 1.0 nor 1.5 is the target, each pushes towards the other, and the
 # weight hovers at the edge between them while the integer keeps flipping. Two other starts, for
 # comparison: with the true gradient nothing moves, and a weight that begins outside the grid gets no

@@ -619,6 +619,15 @@ print("W8 answers word for word as float:", "yes" if same else "no")
 # without sense, which soon go round in a circle; at two bits there is no language left. A third of a
 # nat is the difference between an assistant and one who has read about assistants.
 #
+# <figure class="moving" data-figure="answers">
+# <figcaption><strong>Fewer bits, other words</strong>
+# Four prompts, answered greedily and stored: choose one, and take the bits away one by one. Groups are
+# of 32, as in the map above; a better way to round keeps more of an answer.
+# </figcaption>
+# <img src="_static/moving/answers.svg" width="480" alt="Answers of SmolLM2 to one prompt, in floating point and in eight, four, three and two bits.">
+# <p class="mv-still">A still: in the book, with scripts, it moves.</p>
+# </figure>
+#
 # ## Which layers hurt
 #
 # The woodman's advice: replace one piece at a time and ask. Each of the 210 `Linear` layers of SmolLM2
@@ -832,6 +841,16 @@ curves(
 )
 
 # %% [markdown]
+# <figure class="moving" data-figure="grid">
+# <figcaption><strong>Who shares a step with whom</strong>
+# Three rows of SmolLM2, the last with the highest crest of all. Give the grid bits, share its step among
+# fewer weights, or cut its range short, and see which weights land where. As these weights came out of a
+# 4-bit file, in blocks of 32, each block has few distinct values.
+# </figcaption>
+# <img src="_static/moving/grid.svg" width="480" alt="A histogram of one row of weights with the sixteen levels of a four-bit grid drawn over it; one giant weight at the far end stretches the grid, and nearly all others fall between two neighbouring levels.">
+# <p class="mv-still">A still: in the book, with scripts, it moves.</p>
+# </figure>
+#
 # ## Activations, too
 #
 # Integer kernels want both factors as integers. Two of the presets round the inputs of a layer as

@@ -935,6 +935,15 @@ for (scheme, method), runs in sorted(longest.items()):
 # if at all.
 
 # %% [markdown]
+# <figure class="moving" data-figure="recovery">
+# <figcaption><strong>Put two methods side by side</strong>
+# The shares of the table with their intervals, at four, three and two bits: choose two methods and
+# compare them, or turn to the tokens and see how far labels alone get.
+# </figcaption>
+# <img src="_static/moving/recovery.svg" width="480" alt="Shares of the damage recovered at two bits for eight methods, as dots with intervals, the highest first: AutoRound, learned steps with a teacher, GPTQ and learned steps with labels, torchao with a teacher, and below a wide gap the searched range, torchao and absmax with labels.">
+# <p class="mv-still">A still: in the book, with scripts, it moves.</p>
+# </figure>
+#
 # ### What to read off
 #
 # **GPTQ is the bar.** Without a single step under rounding it takes back about three quarters of the
