@@ -4,9 +4,9 @@ ExecuTorch is PyTorch's own runtime for devices without Python. Its XNNPACK kern
 4 bits in groups, or of 8 bits by rows, with inputs that are rounded to 8 bits token by token (8da4w).
 The integers of `convert` are handed to them through torchao's tensors, and nothing is rounded again.
 
-Files can be made of decoders of transformers whose layers all keep keys and values of the whole text
-(Llama, Mistral, Qwen 2 and 3, docs-lm, SmolLM2), of encoders and classifiers (BERT, MiniLM), and of any
-module of one input. Texts may have any length up to a limit; batches have one text.
+Files can be made of decoders of transformers whose layers all keep the keys and values of the whole
+text, as the Llama kind does (docs-lm, SmolLM2), of encoders and classifiers such as BERT, and of any module
+of one input. Texts may have any length up to a limit that is set beforehand; a call takes one text.
 Built in chapter 15.
 
 References
@@ -38,7 +38,7 @@ from companion.formats.onnx.graphs import STAY, Graph, graph_of
 from companion.formats.torchao import to_torchao
 from companion.numerics.packing import pack, unpack
 from companion.numerics.scheme import W4A8
-from companion.qat.packed import Packed, QuantizedEmbedding, QuantizedLinear
+from companion.qat.packed import Packed, QuantizedEmbedding, QuantizedLinear, record_parts
 from companion.qat.prepare import replace_modules
 from companion.qat.saved import refuse_foreign
 
@@ -46,8 +46,8 @@ BLOCK = 32
 """XNNPACK's blocks of weights that share a scale are multiples of it."""
 LENGTH = 512
 """Most tokens of a text, where nothing else is asked for."""
-EXAMPLE = 4
-"""Tokens that a model is traced with."""
+TOKENS = 4
+"""Length of the text that a model is traced with."""
 
 
 def export_executorch(
@@ -67,8 +67,10 @@ def export_executorch(
     The file's method ``forward`` takes, for a decoder, ``input_ids`` of shape (1, n) and
     ``positions`` of shape (n,), both int64, and gives logits of shape (1, n, vocabulary). It keeps keys
     and values, so that a text goes on from the tokens before; position 0 begins a new one. An encoder takes
-    ``input_ids`` and ``attention_mask`` (BERT also ``token_type_ids``), and a module its one input. The file
-    was read once by the runtime before it takes the place of an earlier one.
+    ``input_ids`` and ``attention_mask`` (BERT also ``token_type_ids``), and a module its one input. Copy
+    what ``execute`` returns, since the next call writes over it. A table that is tied to the output layer
+    stands in the file twice, as rows to look up and as XNNPACK's matrix. ExecuTorch has run the file once
+    before it takes the place of an earlier one.
 
     Parameters
     ----------
@@ -158,15 +160,16 @@ def as_served(model: nn.Module, *, scales: str = "exact") -> nn.Module:
     if scales not in ("exact", "bfloat16"):
         raise ValueError(f"scales={scales!r} is unknown: write 'exact' or 'bfloat16'")
     refuse_foreign(model, "export_executorch")
-    if not any(isinstance(module, Packed) for module in model.modules()):
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    if getattr(model, "quantization", None) is None or not packed:
         raise WrongStage("export_executorch() needs a model from convert(): convert it first")
-    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if not any(isinstance(layer, QuantizedLinear) for layer in packed):
         raise UnsupportedModel(
             "only embeddings of this model are rounded, and XNNPACK multiplies no integers in it: use "
             "export_onnx() or save_quantized()"
         )
     served = copy.deepcopy(model).cpu().float().eval()
-    stored: dict[int, tuple[Tensor, Tensor, int]] = {}  # what was tied stays tied
+    stored: dict[tuple, tuple[Tensor, Tensor, int]] = {}  # layers that are tied stay so
     for name, layer in served.named_modules():
         if not isinstance(layer, Packed):
             continue
@@ -175,13 +178,17 @@ def as_served(model: nn.Module, *, scales: str = "exact") -> nn.Module:
             _check_layer(name, layer)
         key = (layer.integers.data_ptr(), linear)
         if key not in stored:
-            stored[key] = _stored(name, layer, scales) if linear else _widened(layer)
-        integers, scale, bits = stored[key]
-        layer.integers, layer.scale = pack(integers, bits), scale
-        inputs = W4A8.activations if linear else None
+            integers, scale, bits = _stored(name, layer, scales) if linear else _widened(layer)
+            stored[key] = pack(integers, bits), scale, bits
+        layer.integers, layer.scale, bits = stored[key]
         layer.scheme = replace(
-            layer.scheme, weight_bits=bits, scale_dtype=scale.dtype, activations=inputs
-        )
+            layer.scheme, weight_bits=bits, scale_dtype=layer.scale.dtype,
+            activations=W4A8.activations,
+        )  # fmt: skip
+        if linear:
+            record = replace(served.quantization, scheme=layer.scheme)
+    served.quantization = record
+    record_parts(served)
     return served
 
 
@@ -273,20 +280,18 @@ class _Rows(nn.Module):
 
     def __init__(self, layer: QuantizedEmbedding) -> None:
         super().__init__()
-        integers, scale, self.bits = _widened(layer)
-        if self.bits == 4:
-            if layer.columns % 2:
-                integers = nn.functional.pad(integers, (0, 1))
+        integers, scale, bits = _widened(layer)
+        self.halved = bits == 4 and layer.columns // scale.shape[-1] % 2 == 0  # two in a byte
+        if self.halved:
             halves = (integers + 8).view(torch.uint8)
             integers = halves[:, ::2] << 4 | halves[:, 1::2]
-        self.columns = layer.columns
         self.register_buffer("integers", integers.contiguous(), persistent=False)
         self.register_buffer("scale", scale.float(), persistent=False)
         self.factor = None if layer.factor is None else float(layer.factor)
 
     def forward(self, ids: Tensor) -> Tensor:
         look_up = torch.ops.quantized_decomposed
-        if self.bits == 4:
+        if self.halved:
             rows = look_up.embedding_4bit(self.integers, self.scale, None, -8, 7, ids)
         else:
             rows = look_up.embedding_byte(self.integers, self.scale, None, -128, 127, ids)
@@ -336,19 +341,17 @@ def _traced_with(
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTH
     if max_length is None:
         max_length = min(LENGTH, context)
-    if not EXAMPLE <= max_length <= context:
+    if not TOKENS <= max_length <= context:
         raise ValueError(
-            f"max_length={max_length} is not possible: choose {EXAMPLE} to {context} tokens, which this "
+            f"max_length={max_length} is not possible: choose {TOKENS} to {context} tokens, which this "
             "model takes"
         )
     length = torch.export.Dim("length", min=1, max=max_length)
-    ids = torch.zeros(1, EXAMPLE, dtype=torch.int64)
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64)
     if kind == "decoder":
         module = _Decoder(model, graph.description.past, max_length)
-        return module, (ids, torch.arange(EXAMPLE)), ({1: length}, {0: length})
-    inputs = tuple(
-        torch.ones_like(ids) if name == "attention_mask" else ids for name in graph.names
-    )
+        return module, (ids, torch.arange(TOKENS)), ({1: length}, {0: length})
+    inputs = tuple(torch.full_like(ids, name == "attention_mask") for name in graph.names)
     return graph.module, inputs, ({1: length},) * len(inputs)
 
 
@@ -375,8 +378,8 @@ def _lower(module: nn.Module, inputs: tuple, shapes: tuple, name: str) -> Any:
             "export_onnx()"
         ) from error
     raise UnsupportedModel(
-        f"XNNPACK takes {len(left)} quantized layers of this {name} as they are called, which would be "
-        f"dequantized at each call: {STAY}, or use export_onnx()"
+        f"XNNPACK leaves quantized layers of this {name} out, which would be dequantized at each call: "
+        f"{STAY}, or use export_onnx()"
     )
 
 

@@ -66,14 +66,15 @@ def test_docs_lm_answers_as_the_model_that_rounds_inputs_alike(docs_lm):
     """The margin: a tenth of what rounding the inputs changes at all."""
     model, path = docs_lm
     served, positions = method(path), torch.arange(24)
-    expected = as_served(model)(IDS).logits
+    alike = as_served(model)
+    expected = alike(IDS).logits
     margin = 0.1 * (model(IDS).logits - expected).abs().mean()
     whole = run(served, IDS, positions)
     steps = [run(served, IDS[:, i : i + 1], positions[i : i + 1]) for i in range(24)]
     for logits in (whole, torch.cat(steps, 1)):
         assert (logits - expected).abs().mean() < margin
     again = run(served, IDS[:, 5:12], positions[:7])  # position 0 begins a new text
-    assert (again - as_served(model)(IDS[:, 5:12]).logits).abs().mean() < margin
+    assert (again - alike(IDS[:, 5:12]).logits).abs().mean() < margin
 
 
 @pytest.mark.parametrize(
