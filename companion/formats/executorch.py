@@ -120,7 +120,7 @@ def export_executorch(
     served = to_torchao(replace_modules(served, embeddings))
     graph = graph_of(served, example)
     module, inputs, shapes = _traced_with(graph, served, max_length)
-    with _quiet():
+    with _quiet(), _shared_histories():
         program = _lower(module, inputs, shapes, name)
 
     def write(partial: Path) -> None:
@@ -407,6 +407,21 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+@contextmanager
+def _shared_histories() -> Iterator[None]:
+    """Keep PyTorch from copying a node's whole history at each of the many passes over a graph.
+
+    Histories are only read, and copying them took most of the time.
+    """
+    from torch.fx.traceback import NodeSource
+
+    NodeSource.__deepcopy__ = lambda self, memo: self
+    try:
+        yield
+    finally:
+        del NodeSource.__deepcopy__
 
 
 def _xnnpack_graph(payload: bytes) -> dict[str, Any]:
