@@ -203,7 +203,7 @@ def read_integers(path: str | Path) -> list[tuple[Tensor, Tensor]]:
     -------
     list of (Tensor of int8, Tensor of float32)
         Integers of shape (rows, columns) and scales of shape (rows, groups): the matrices that
-        XNNPACK multiplies, in the order in which the model calls them.
+        XNNPACK multiplies, in the file's order, which may be another than the model's.
     """
     with extra("executorch"):
         from executorch.exir._serialize._program import deserialize_pte_binary

@@ -53,11 +53,11 @@ def docs_lm(tmp_path_factory) -> tuple[nn.Module, Path]:
 
 def test_docs_lm_keeps_its_integers_and_scales(docs_lm):
     model, path = docs_lm
-    pairs = list(zip(read_integers(path), multiplied(model), strict=True))
-    assert len(pairs) == 29
-    for (integers, scale), layer in pairs:
-        assert torch.equal(integers, unpack(layer.integers, 4, layer.columns))
-        assert torch.equal(scale, layer.scale.float())
+    stored = [(integers.tolist(), scale.tolist()) for integers, scale in read_integers(path)]
+    trained = [(unpack(layer.integers, 4, layer.columns).tolist(), layer.scale.tolist())
+               for layer in multiplied(model)]  # fmt: skip
+    assert len(stored) == 29
+    assert sorted(stored) == sorted(trained)  # keys may come before queries
     assert path.stat().st_size < 0.25 * 13.64e6  # of the float model's bytes, the tied table twice
 
 
