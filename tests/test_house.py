@@ -158,8 +158,9 @@ def test_tests_mirror_the_rooms():
 
 def test_pins_are_exact_and_cover_what_is_imported():
     pins = dict(
-        line.split("==") for name in ("requirements.txt", "requirements-benchmarks.txt")
-        for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")
+        line.split("==") for kind in ("", "-benchmarks", "-executorch")
+        for line in (ROOT / f"requirements{kind}.txt").read_text().splitlines()
+        if line and not line.startswith("#")
     )  # fmt: skip
     assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())
     distribution = {"auto_round": "auto-round", "sklearn": "scikit-learn", "nbformat": "nbval", "nbclient": "jupyter-book",
