@@ -49,6 +49,8 @@ class LlamaCppModel(ServedModel):
     ------
     DamagedFile
         If the file is missing, truncated or no GGUF file.
+    UnsupportedModel
+        If it holds no tokenizer.
     MissingExtra
         If xllamacpp is not installed.
 
@@ -64,7 +66,12 @@ class LlamaCppModel(ServedModel):
         if not Path(path).is_file():
             raise DamagedFile(f"{path} is missing: give the file that export_gguf() wrote")
         self.told = told
-        self.description, self._vocabulary = _describe(path)
+        self.description, self._vocabulary, tokenizer = _describe(path)
+        if not tokenizer:
+            raise UnsupportedModel(
+                f"{path} holds no tokenizer, without which llama.cpp's server does not answer: export "
+                "it again with one"
+            )
         try:
             import xllamacpp
         except ImportError as error:
@@ -273,8 +280,8 @@ def _checked(found: dict) -> dict:
     return found
 
 
-def _describe(path: str | Path) -> tuple[Description, int]:
-    """What a GGUF file says about itself, and the size of its vocabulary."""
+def _describe(path: str | Path) -> tuple[Description, int, bool]:
+    """What a GGUF file says about itself, the size of its vocabulary, and whether it has its words."""
     with extra("gguf"):
         import gguf
 
@@ -283,15 +290,16 @@ def _describe(path: str | Path) -> tuple[Description, int]:
         arch = fields["general.architecture"].contents()
         context = fields[f"{arch}.context_length"].contents()
         ends = [fields[key].contents() for key in ("tokenizer.ggml.eos_token_id",) if key in fields]
-        size = fields.get(f"{arch}.vocab_size") or fields["tokenizer.ggml.tokens"]
-        found = size.contents()
-        vocabulary = found if isinstance(found, int) else len(found)
+        words = "tokenizer.ggml.tokens"
+        size = fields.get(f"{arch}.vocab_size")
+        vocabulary = len(fields[words].contents()) if size is None else int(size.contents())
     except (ValueError, KeyError, OSError, IndexError) as error:
         raise DamagedFile(
             f"{path} is no whole GGUF file ({_first_line(error)}): export it again"
         ) from None
-    return Description("decoder", context=int(context), stop=tuple(ends),
-                       quantization=f"GGUF, {arch}"), int(vocabulary)  # fmt: skip
+    described = Description("decoder", context=int(context), stop=tuple(ends),
+                            quantization=f"GGUF, {arch}")  # fmt: skip
+    return described, vocabulary, words in fields
 
 
 def _first_line(error: Exception) -> str:
