@@ -80,8 +80,7 @@ class LlamaCppModel(ServedModel):
             ) from error
         options = xllamacpp.CommonParams()
         options.model.path = str(path)
-        # one more than the model takes: what follows its last token is asked for, too
-        options.n_ctx, options.n_parallel, options.verbosity = self.description.context + 8, 1, 0
+        options.n_ctx, options.n_parallel, options.verbosity = self.description.context, 1, 0
         if threads:
             options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
         try:
@@ -102,7 +101,8 @@ class LlamaCppModel(ServedModel):
 
         They are llama.cpp's own for the token that comes next in the text and for the likeliest
         ones. It tells them one place at a time; so as not to ask for all, the other tokens share
-        what is left evenly. A loss and a choice are what they are; a divergence is not.
+        what is left evenly. A loss and a choice are what they are; a divergence is not. Where a
+        text fills the context, nothing is said of what would follow it.
 
         Parameters
         ----------
@@ -113,7 +113,7 @@ class LlamaCppModel(ServedModel):
         Raises
         ------
         UnreadableBatch
-            If inputs do not fit each other.
+            If inputs do not fit each other, or a text is longer than the context.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -126,10 +126,16 @@ class LlamaCppModel(ServedModel):
         for row, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
             text = ids[mask].tolist()
             places = mask.nonzero().flatten().tolist()
+            if len(text) > self.description.context:
+                raise UnreadableBatch(
+                    f"a text has {len(text)} tokens, and the model takes {self.description.context}: "
+                    "shorten it"
+                )
             for number, place in enumerate(places):
                 follows = text[number + 1] if number + 1 < len(text) else None
-                told = self.log_probabilities(text[: number + 1], follows)
-                logits[row, place] = _spread(told, self.vocabulary)
+                if number + 1 < self.description.context:
+                    told = self.log_probabilities(text[: number + 1], follows)
+                    logits[row, place] = _spread(told, self.vocabulary)
         return Output(logits)
 
     def log_probabilities(self, ids: Sequence[int], follows: int | None = None) -> dict[int, float]:

@@ -78,7 +78,11 @@ def test_draws_follow_the_seed_and_the_settings(both):
     assert len({tuple(drawn(temperature=1.5, seed=seed)) for seed in range(4)}) > 1
     narrow = {"do_sample": True, "top_k": 1, "temperature": 5.0}
     assert drawn(settings=narrow) == drawn()
-    assert drawn(settings={"repetition_penalty": 5.0}) != drawn()
+    plain, varied = (
+        list(served.generate(PROMPT, max_new_tokens=40, settings=settings))
+        for settings in ({}, {"repetition_penalty": 5.0})
+    )
+    assert len(set(plain)) < len(set(varied)) == len(varied)
 
 
 def test_context_and_prompts_are_checked(both):
@@ -87,7 +91,9 @@ def test_context_and_prompts_are_checked(both):
     assert served.vocabulary == 4096
     long = torch.randint(1, 4096, (1, 300), generator=torch.Generator().manual_seed(0))
     assert len(list(served.generate(long[:, :250], max_new_tokens=50, stop=False))) == 6
-    assert len(served.log_probabilities(long[0, :256].tolist())) == served.told
+    served.log_probabilities(long[0, :255].tolist())  # the last that can be asked
+    with pytest.raises(UnreadableBatch, match="has 300 tokens, and the model takes 256"):
+        served(long)
     for ids, options, says in (
         (long, {}, "at most 255"), (PROMPT[:, :0], {}, "prompt is empty"),
         (PROMPT.repeat(2, 1), {}, "one text"), (PROMPT, {"temperature": -1.0}, "below 0"),
