@@ -227,6 +227,9 @@ def _tokenizer_inside(file: Path):
     with quiet_transformers() as transformers:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     fields = GGUFReader(file).fields
+    template = "tokenizer.chat_template"  # transformers leaves some of them in the file
+    if not tokenizer.chat_template and template in fields:
+        tokenizer.chat_template = fields[template].contents()
     arch = fields["general.architecture"].contents()
     context = int(fields[f"{arch}.context_length"].contents())
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)

@@ -6,7 +6,7 @@ One report for every format of `companion.formats.registry`. Built in chapter 15
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +30,10 @@ from companion.numerics.packing import unpack
 from companion.numerics.scheme import BLOCK8
 from companion.qat.packed import Packed, QuantizedLinear
 from companion.study.tables import across_seeds
+
+FAR = 0.02
+"""Nats a token, or a logit of a model without tokens to choose, beyond which two models are not the
+same, however their sums are ordered and their inputs rounded to 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,13 @@ class Parity:
             return f"This is another model: its {wrong} are not those that were trained."
         if self.logits is None:
             return "The file holds the integers and scales that were trained."
+        distance = self.logits if self.divergence is None else self.divergence
+        if (distance if self.rounded is None else min(distance, self.rounded)) > FAR:
+            return (
+                "The file holds the integers and scales that were trained, but "
+                f"{self.engine} computes something else with them: export it again, and if that "
+                "does not help, report it."
+            )
         if self.rounded is not None:
             return (
                 "The file holds the integers and scales that were trained; what differs is that "
@@ -303,7 +314,7 @@ def _compared(model: nn.Module, served: nn.Module, batches: Iterable) -> _Seen |
     for batch, ours, theirs in zip(
         batches, answers(model, batches), answers(served, batches), strict=True
     ):
-        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if mask is not None and mask.shape == ours.shape[:-1]:
             ours, theirs = ours[mask.bool()], theirs[mask.bool()]
         ours, theirs = ours.flatten(0, -2).double(), theirs.flatten(0, -2).double()

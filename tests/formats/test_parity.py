@@ -88,6 +88,9 @@ def test_with_a_prompt_both_go_on_and_the_logits_are_of_that_text(served_docs_lm
     assert report.difference is None
     assert report.rounded is None
     assert 0 <= report.divergence + 1e-9 < 1e-6
+    assert "computes something else" in replace(report, divergence=1.0).verdict
+    assert "computes something else" in replace(report, divergence=1.0, rounded=0.5).verdict
+    assert "rounds the inputs" in replace(report, divergence=0.1, rounded=0.001).verdict
 
 
 def test_what_an_engine_rounds_is_told_apart(served_docs_lm, tmp_path):
