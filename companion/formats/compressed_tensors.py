@@ -24,7 +24,7 @@ from companion.formats.hub import (
     remove_stale,
     split,
 )
-from companion.formats.matrix import Matrix
+from companion.formats.served import Matrix
 from companion.numerics.activations import Activations
 from companion.numerics.packing import narrowest, pack, unpack
 from companion.numerics.scheme import QuantScheme, integer_range

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from companion.errors import UnsupportedModel, WrongStage, extra
 from companion.files import write_atomically
-from companion.formats.matrix import Matrix
+from companion.formats.served import Matrix
 from companion.numerics.packing import unpack
 from companion.numerics.scheme import BLOCK8
 from companion.qat.packed import Packed

@@ -27,8 +27,8 @@ from companion.errors import (
     extra,
 )
 from companion.files import sha256, write_folder
-from companion.formats.matrix import Matrix
 from companion.formats.registration import METHOD
+from companion.formats.served import Matrix
 from companion.numerics.packing import unpack
 from companion.qat.packed import Packed, is_pretrained
 from companion.qat.saved import describe, fill, refuse_foreign, renamed

@@ -22,9 +22,8 @@ from companion.evaluation.estimates import Estimate
 from companion.evaluation.forward import evaluating, outputs
 from companion.evaluation.metrics import METRICS
 from companion.formats.llama_cpp import LlamaCppModel
-from companion.formats.matrix import Matrix
 from companion.formats.registry import FORMATS, format_at
-from companion.formats.served import ServedModel
+from companion.formats.served import Matrix, ServedModel
 from companion.numerics.activations import fake_quantize_activations
 from companion.numerics.packing import unpack
 from companion.numerics.scheme import BLOCK8

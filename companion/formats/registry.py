@@ -21,10 +21,10 @@ from companion.formats.compressed_tensors import (
 from companion.formats.gguf import BLOCK, export_gguf, read_gguf
 from companion.formats.hub import is_saved, load_quantized, read_folder, save_quantized
 from companion.formats.llama_cpp import LlamaCppModel
-from companion.formats.matrix import Matrix
 from companion.formats.onnx.export import export_onnx
 from companion.formats.onnx.model import OnnxModel
 from companion.formats.onnx.stored import read_onnx, rounded_block
+from companion.formats.served import Matrix
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every engine's model has in common, so that commands and metrics take one like the other.
+"""What formats have in common: a layer as it stands in a file, and a model that an engine runs.
 
 Built in chapter 15.
 """
@@ -7,10 +7,36 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor, nn
 
 from companion.formats.onnx.graphs import Description
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Integers and scales as they were read back, or values where a format has no integers.
+
+    Parameters
+    ----------
+    integers : ndarray of int, shape (rows, columns or more), optional
+        Signed. Columns beyond the layer's fill up a block.
+    scales : ndarray of float32, shape (rows, blocks), optional
+        A scale that several blocks share stands there once for each, or once for all.
+    values : ndarray of float32, shape (rows, columns), optional
+        In place of the two.
+
+    Examples
+    --------
+    >>> Matrix(np.array([[-8, 7]]), np.array([[0.5]])).scales.shape
+    (1, 1)
+    """
+
+    integers: np.ndarray | None = None
+    scales: np.ndarray | None = None
+    values: np.ndarray | None = None
 
 
 class ServedModel(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from companion.errors import extra
-from companion.formats.matrix import Matrix
+from companion.formats.served import Matrix
 
 
 def read_onnx(path: str | Path, model: nn.Module) -> dict[str, Matrix]:
