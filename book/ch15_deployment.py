@@ -140,7 +140,7 @@ for name, file in files.items():
 # %% [markdown]
 # Why do the sizes differ, if the integers are the same? ONNX Runtime wants its scales in float32, where
 # the others take float16. GGUF carries the tokenizer. And the format of vLLM has embeddings and output
-# layers in floating point only: those of docs-lm, a third of the model, lie there with the values that
+# layers in floating point only: those of docs-lm, almost a third of the model, lie there with the values that
 # they were rounded to.
 #
 # ## The same integer in four files
@@ -730,9 +730,9 @@ print(
 # %% [markdown]
 # The last column is what a further token of a prompt costs, when the weights are at hand anyway. At level
 # 0 the kernel turns blocks of integers into floats and then multiplies floats: that is float32's
-# arithmetic, and the unpacking beside it. At level 4 it multiplies integers, and has to scale every 32
-# products by a pair of floats before it may add them to the others: the scaling eats what the integers
-# save. W8A8 has one scale for each row and one for all inputs, scales once at the very end, and so is the
+# arithmetic, and the unpacking beside it. At level 4 it multiplies integers, and every 32 products have to
+# be scaled by a pair of floats before they may join the others: the likely reason why a further token costs
+# no less. W8A8 has one scale for each row and one for all inputs, scales once at the very end, and is the
 # only one whose further token costs clearly less than float32's. So the limit is arithmetic, block by
 # block, and not the choice of a level: the best of them is faster than level 4 by a few hundredths, and
 # none is as fast as float32. Two kernels in one file would gain next to nothing, and we left it at one.
