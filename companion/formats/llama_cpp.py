@@ -5,8 +5,6 @@ Built in chapter 15.
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -216,8 +214,7 @@ class LlamaCppModel(ServedModel):
             "min_p": 0.0,
             "repeat_last_n": self.description.context,
         } | {SAMPLING[name]: wanted[name] for name in wanted if name in SAMPLING}
-        return self._stream(told, most, temperature=temperature, seed=seed,
-                            ignore_eos=not stop, **draws)  # fmt: skip
+        return self._tokens(told, most, seed, temperature=temperature, ignore_eos=not stop, **draws)
 
     def times(self, ids: Tensor, tokens: int) -> tuple[float, float]:
         """Seconds for a prompt, and for each token after it, by llama.cpp's own clock.
@@ -236,35 +233,15 @@ class LlamaCppModel(ServedModel):
         asked = {"prompt": list(ids), "max_tokens": most, "cache_prompt": True} | more
         return _checked(self._server.handle_completions(asked))
 
-    def _stream(self, ids: Sequence[int], most: int, **more: Any) -> Iterator[int]:
-        """llama.cpp calls back from a thread of its own, and what it says is handed on."""
-        heard: queue.Queue = queue.Queue()
-        left = threading.Event()
-
-        def hear(piece: dict) -> bool:
-            heard.put(piece)
-            return left.is_set()  # which ends it
-
-        def ask() -> None:
-            asked = {"prompt": list(ids), "max_tokens": most, "stream": True, "logprobs": 1,
-                     "cache_prompt": True} | more  # fmt: skip
-            try:
-                self._server.handle_completions(asked, hear)
-            except Exception as error:
-                heard.put(error)
-            heard.put(None)
-
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        try:
-            while (piece := heard.get()) is not None:
-                if isinstance(piece, Exception):
-                    raise piece
-                said = _checked(piece)["choices"][0]["logprobs"] or {}
-                yield from (token["id"] for token in said.get("content") or ())
-        finally:
-            left.set()
-            thread.join()
+    def _tokens(self, told: list[int], most: int, seed: int, **more: Any) -> Iterator[int]:
+        """Ask for one token after the other: in a stream, llama.cpp leaves out parts of characters."""
+        for step in range(most):
+            found = self._complete(told, 1, logprobs=1, seed=seed + step, **more)["choices"][0]
+            content = (found["logprobs"] or {}).get("content")
+            if not content or found["finish_reason"] == "stop":  # it ends the text
+                return
+            told.append(content[-1]["id"])
+            yield told[-1]
 
     def extra_repr(self) -> str:
         return f"{self.description.kind}: {self.description.quantization}"
