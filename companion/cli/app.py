@@ -151,6 +151,8 @@ def evaluate(
       companion evaluate finetuned/W2-g32-default
 
       companion evaluate served/model.onnx --task notes.csv --text-column body
+
+      companion evaluate served/model.gguf
     """
     with one_line("evaluate"):
         from companion.cli.stages import open_for, open_task, open_tokenizer
@@ -168,42 +170,78 @@ def evaluate(
 @app.command()
 def export(
     model: Model,
-    file: Annotated[Path, typer.Argument(
-        help="What to write, such as served/model.onnx or served/model.gguf.")],
+    path: Annotated[Path, typer.Argument(
+        help="What to write, such as served/model.onnx, served/model.gguf or, with --format, a folder.")],
+    format: Annotated[str, typer.Option(
+        help="auto goes by the ending; companion, compressed-tensors, onnx or gguf.")] = "auto",
     accuracy_level: Annotated[int, typer.Option(
         min=0, max=4, help="Of ONNX files: 0 computes in float32, 4 rounds inputs to 8 bits: faster "
                            "tokens, slower prompts.")] = 4,
+    zero_points: Annotated[bool, typer.Option("--zero-points", help="Of compressed-tensors: allow "
+                           "them where a negative scale can be turned in no other way.")] = False,
 ) -> None:  # fmt: skip
-    """Write a quantized model for another engine: ONNX Runtime (.onnx) or llama.cpp (.gguf).
+    """Write a quantized model for another engine, in the format that the name's ending says.
 
-    The integers in the file are those that were trained. An ONNX file gets its tokenizer beside it, a
-    GGUF file holds it.
+    ONNX Runtime reads .onnx, llama.cpp .gguf; vLLM and transformers read a folder in the format
+    compressed-tensors. The integers are those that were trained. The tokenizer comes along: inside a
+    GGUF file, beside the others. `companion parity` then says whether all went well.
 
     Examples:
 
       companion export finetuned/W4-g32-default served/model.onnx
 
       companion export finetuned/W4-g32-default served/model.gguf
+
+      companion export finetuned/W4-g32-default served --format compressed-tensors
     """
     with one_line("export"):
-        from companion.cli.stages import open_model, open_tokenizer, save_tokenizer
-        from companion.errors import WrongStage
-        from companion.formats.gguf import export_gguf
-        from companion.formats.hub import is_saved
-        from companion.formats.onnx.export import export_onnx
+        from companion.cli.parity import export as run
 
-        if file.suffix not in (".onnx", ".gguf"):
-            raise ValueError(f"{file} says no format: give it a name that ends in .onnx or .gguf")
-        if not is_saved(model):
-            raise WrongStage(f"{model} is no folder with a quantized model: finetune makes one")
-        quantized = open_model(model)
-        tokenizer = open_tokenizer(model)
-        if file.suffix == ".gguf":
-            export_gguf(quantized, file, tokenizer)
-        else:
-            save_tokenizer(tokenizer, file.parent)  # first: it says where it may not lie
-            export_onnx(quantized, file, accuracy_level=accuracy_level)
-    typer.echo(f"written to {file}: {file.stat().st_size / 1e6:.2f} MB")
+        options = {"onnx": {"accuracy_level": accuracy_level},
+                   "compressed-tensors": {"zero_points": zero_points}}  # fmt: skip
+        size = run(model, path, format, options)
+    typer.echo(f"written to {path}: {size / 1e6:.2f} MB")
+
+
+@app.command()
+def parity(
+    path: Annotated[Path, typer.Argument(help="What was exported: a file or a folder.")],
+    reference: Annotated[str | None, typer.Option(
+        show_default="the folder itself, or the one that the file lies in",
+        help="The folder of the quantized model that it was made from.")] = None,
+    prompt: Annotated[str, typer.Option(
+        help="What both go on with.")] = "The for statement is used to",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
+    task: Annotated[str | None, typer.Option(
+        help="Also measure both on the test split of a task, as evaluate does.")] = None,
+    block_size: BlockSize = None,
+    max_length: MaxLength = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    kind: Kind = None,
+    encoding: Encoding = None,
+) -> None:  # fmt: skip
+    """Say whether an exported model is the one that was trained, in whatever format it is.
+
+    Compares integers and scales, what both expect of a text, and what they go on with. The exit code
+    is 1 where integers or scales differ.
+
+    Examples:
+
+      companion parity served/model.gguf --reference finetuned/W4-g32-default
+
+      companion parity served --reference finetuned/W4-g32-default --task notes.txt
+    """
+    with one_line("parity"):
+        from companion.cli.parity import report
+
+        found, lines = report(
+            path, reference, prompt, max_new_tokens=max_new_tokens, task=task,
+            block_size=block_size, max_length=max_length, text_column=text_column,
+            label_column=label_column, kind=kind, encoding=encoding)  # fmt: skip
+    typer.echo("\n".join(lines))
+    if not (found.integers and found.scales):
+        raise typer.Exit(code=1)
 
 
 @app.command()

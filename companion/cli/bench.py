@@ -14,7 +14,8 @@ from torch import nn
 
 from companion.errors import UnsupportedModel
 from companion.evaluation.generation import longest
-from companion.formats.onnx.model import OnnxModel
+from companion.formats.llama_cpp import LlamaCppModel
+from companion.formats.served import ServedModel
 
 PAUSE = 0.2
 """Seconds after which the idle threads of the model before have stopped to spin."""
@@ -28,7 +29,7 @@ def speeds(
     Parameters
     ----------
     models : mapping of str to nn.Module
-        Language models of transformers, or `OnnxModel`.
+        Language models of transformers, or served ones.
     prompt : int
         Tokens that are read at once.
     tokens : int
@@ -75,7 +76,9 @@ def times(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[float, floa
     """
     prompt, stamps = ids.shape[1], [time.perf_counter()]
     tokens = int(min(tokens, longest(model) - prompt - 1))
-    if isinstance(model, OnnxModel):
+    if isinstance(model, LlamaCppModel) and tokens >= 1:
+        return model.times(ids, tokens)
+    if isinstance(model, ServedModel):
         greedy = {"temperature": 0.0, "stop": False, "settings": {}}  # as the loop below
         for _ in model.generate(ids, max_new_tokens=tokens + 1, **greedy):
             stamps.append(time.perf_counter())
@@ -101,7 +104,6 @@ def times(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[float, floa
 
 def _vocabulary(model: nn.Module) -> int:
     """How many tokens a model knows, as far as it says so."""
-    if isinstance(model, OnnxModel):
-        known = model._session.get_outputs()[0].shape[-1]
-        return known if isinstance(known, int) else 1000
+    if isinstance(model, ServedModel):
+        return model.vocabulary or 1000
     return getattr(getattr(model, "config", None), "vocab_size", 1000)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from companion.cli.stages import HEADS, open_model, open_task, open_tokenizer, save_tokenizer
 from companion.errors import CheckpointError, UnsupportedModel
 from companion.files import write_atomically
+from companion.formats.registry import format_at
 from companion.numerics.scheme import QuantScheme
 from companion.qat.prepare import prepare_qat
 from companion.study.compare import compare
@@ -76,7 +77,7 @@ def finetune(
     data = open_task(task, tokenizer, batch_size=batch_size, **options)
     sized = {"classes": len(data.classes)} if data.classes else {}
     start = open_model(model, head=HEADS[data.metric], **sized)
-    if hasattr(start, "quantization") or model.endswith(".onnx"):
+    if hasattr(start, "quantization") or format_at(model) is not None:
         raise UnsupportedModel(
             f"{model} is quantized already, and finetune starts from floating point"
         )

@@ -14,7 +14,7 @@ from companion.cli.stages import open_language_model, open_tokenizer
 from companion.course.sources import quiet_transformers
 from companion.data.text import start_token
 from companion.evaluation.generation import longest
-from companion.formats.onnx.model import OnnxModel
+from companion.formats.served import ServedModel
 
 UNFINISHED = (
     "\N{REPLACEMENT CHARACTER}"  # what a character decodes to while bytes of it are missing
@@ -134,7 +134,7 @@ def stream(
     Parameters
     ----------
     model : nn.Module
-        A language model of transformers, or an `OnnxModel`.
+        A language model of transformers, or a `ServedModel`.
     ids : Tensor, int64, shape (1, length)
     streamer : Streamer
     tokens : int
@@ -145,7 +145,7 @@ def stream(
     ends : sequence of int
         Tokens to end at; by default the model's own.
     """
-    if isinstance(model, OnnxModel):
+    if isinstance(model, ServedModel):
         streamer.put(ids)
         for token in model.generate(ids, max_new_tokens=tokens, temperature=temperature, seed=seed):
             streamer.put(torch.tensor([token]))

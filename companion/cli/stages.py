@@ -21,8 +21,9 @@ from companion.data.biencoder import BiEncoder
 from companion.data.task import Task
 from companion.errors import DamagedFile, MissingExtra, SourceUnavailable, UnsupportedModel
 from companion.evaluation.generation import longest
-from companion.formats.hub import is_saved, load_quantized, read_config
-from companion.formats.onnx.model import OnnxModel
+from companion.formats.hub import load_quantized, read_config
+from companion.formats.registry import FORMATS, format_at
+from companion.formats.served import ServedModel
 
 HEADS = {"loss": "lm", "right choices": "lm", "accuracy": "classification",
          "span F1": "tokens", "recall@1": "retrieval"}  # fmt: skip
@@ -38,7 +39,7 @@ KINDS = {
 
 
 def open_model(name: str, *, head: str | None = None, classes: int | None = None) -> nn.Module:
-    """Open an exported file, a folder of `save_quantized`, or what `load_pretrained` takes.
+    """Open an exported file or folder, one of `save_quantized`, or what `load_pretrained` takes.
 
     Parameters
     ----------
@@ -61,15 +62,15 @@ def open_model(name: str, *, head: str | None = None, classes: int | None = None
     >>> open_model("docs-lm").num_parameters()
     3410176
     """
-    if name.endswith(".onnx"):
-        return OnnxModel(name)
+    if (form := format_at(name)) not in (None, "companion"):
+        return FORMATS[form].open(Path(name))
     _refuse_images(name)
     if getattr(config := _config(name), "is_encoder_decoder", False):
         raise UnsupportedModel(
             f"{name} is an encoder-decoder ({config.model_type}), and the command line takes encoders "
             "and decoders: prepare_qat and fit train it in Python"
         )
-    if is_saved(name):
+    if form == "companion":
         return load_quantized(name, _retriever(name))
     return load_pretrained(name, head=head, classes=classes).eval()
 
@@ -141,7 +142,7 @@ def kind_of(model: nn.Module) -> str:
     """
     if isinstance(model, BiEncoder):
         return "retrieval"
-    if isinstance(model, OnnxModel):
+    if isinstance(model, ServedModel):
         kind, ending = model.description.kind, model.loss_type
         if kind != "encoder":
             return {"decoder": "lm"}.get(kind, kind)
@@ -181,7 +182,7 @@ def open_task(name: str, tokenizer, **options: Any) -> Task:
 
 
 def open_tokenizer(name: str):
-    """Load the tokenizer of a model: for an exported file, the one that lies beside it.
+    """Load the tokenizer of a model: of an exported file, the one in it or beside it.
 
     Its ``model_max_length`` is at most what the model takes, so that tasks follow the model.
 
@@ -196,20 +197,42 @@ def open_tokenizer(name: str):
         If there is none.
     """
     _refuse_images(name)
-    exported = name.endswith(".onnx")
+    form = FORMATS.get(format_at(name) or "")
+    exported = form is not None and form.ending != ""
     folder = str(Path(name).parent) if exported else name
+    belongs = "tokenizer.json belongs beside the model's file"
+    if exported and form.holds_tokenizer:
+        belongs = "it belongs into the file: export it again with one"
     try:
         if exported and not Path(folder).is_dir():
             raise FileNotFoundError(folder)
+        if exported and form.holds_tokenizer:
+            return _tokenizer_inside(Path(name))
         tokenizer = load_tokenizer(folder)
     except (SourceUnavailable, DamagedFile, MissingExtra):
         raise
     except Exception:  # where tokenizer.json is damaged, it is no kind of its own
         raise SourceUnavailable(
-            f"no tokenizer was found for {name}: tokenizer.json belongs beside the model's file"
+            f"no tokenizer was found for {name}: {belongs}"
             f"{', which is missing, too' if exported and not Path(name).is_file() else ''}"
         ) from None
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest(_config(folder)))
+    return tokenizer
+
+
+def _tokenizer_inside(file: Path):
+    """The tokenizer that a GGUF file holds; it takes no more tokens than the model."""
+    from gguf import GGUFReader
+
+    with quiet_transformers() as transformers:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    fields = GGUFReader(file).fields
+    template = "tokenizer.chat_template"  # transformers leaves some of them in the file
+    if not tokenizer.chat_template and template in fields:
+        tokenizer.chat_template = fields[template].contents()
+    arch = fields["general.architecture"].contents()
+    context = int(fields[f"{arch}.context_length"].contents())
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     return tokenizer
 
 
@@ -237,13 +260,15 @@ def open_language_model(name: str) -> nn.Module:
     return model
 
 
-def save_tokenizer(tokenizer, folder: str | Path) -> None:
+def save_tokenizer(tokenizer, folder: str | Path, *, write: bool = True) -> None:
     """Write a tokenizer beside a model, unless files of another one lie there.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
     folder : path
+    write : bool
+        Whether to write it, or only to see that it may.
 
     Raises
     ------
@@ -262,4 +287,5 @@ def save_tokenizer(tokenizer, folder: str | Path) -> None:
             raise FileExistsError(
                 f"{folder} already holds {others[0]} of another model: choose another folder"
             )
-        tokenizer.save_pretrained(folder)
+        if write:
+            tokenizer.save_pretrained(folder)

@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from companion.errors import UnsupportedModel, WrongStage
+from companion.errors import MissingExtra, UnsupportedModel, WrongStage, extra
 from companion.files import write_folder
-from companion.formats.hub import CONFIG, GENERATION, INDEX, index_of, remove_stale, split
+from companion.formats.hub import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    index_of,
+    quiet,
+    remove_stale,
+    split,
+)
+from companion.formats.served import Matrix
 from companion.numerics.activations import Activations
 from companion.numerics.packing import narrowest, pack, unpack
 from companion.numerics.scheme import QuantScheme, integer_range
@@ -169,6 +178,105 @@ def export_compressed_tensors(
     write_folder(folder, write, last=CONFIG)
     remove_stale(Path(folder), shards)
     return Path(folder)
+
+
+def read_compressed_tensors(folder: str | Path, model: nn.Module) -> dict[str, Matrix]:
+    """Read the integers and scales out of an exported folder.
+
+    Parameters
+    ----------
+    folder : path
+    model : nn.Module
+        Whose layers are asked for.
+
+    Returns
+    -------
+    dict of str to Matrix
+        By the name of a layer. Zero points are taken off the integers already; embeddings and
+        output layers come as values, since the format has them in floating point.
+    """
+    tensors = {}
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        tensors |= load_file(file)
+    weights = _settings(folder)["config_groups"]["group_0"]["weights"]
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Packed):
+            continue
+        scale = tensors.get(f"{name}.weight_scale")
+        if f"{name}.weight_packed" in tensors:
+            bits = weights["num_bits"]
+            integers = _integers(tensors[f"{name}.weight_packed"], bits, layer.columns).short()
+            if f"{name}.weight_zero_point" in tensors:
+                stored = tensors[f"{name}.weight_zero_point"].t().contiguous()
+                zero = _integers(stored, bits, layer.rows).t()
+                integers = (integers.unflatten(-1, (zero.shape[-1], -1)) - zero[..., None]).flatten(
+                    1
+                )
+            found[name] = Matrix(integers.numpy(), scale.float().numpy())
+        elif scale is not None:
+            found[name] = Matrix(tensors[f"{name}.weight"].short().numpy(), scale.float().numpy())
+        elif f"{name}.weight" in tensors:
+            found[name] = Matrix(values=tensors[f"{name}.weight"].float().numpy())
+    return found
+
+
+def open_compressed_tensors(folder: str | Path) -> nn.Module:
+    """Open an exported folder in transformers, with the package compressed-tensors.
+
+    Parameters
+    ----------
+    folder : path
+
+    Returns
+    -------
+    PreTrainedModel
+        In eval mode. Where the folder has zero points, its weights are made floats at once: this
+        version of transformers computes with them in no other way.
+    """
+    with extra("language"):
+        import transformers
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra(
+            "compressed-tensors, which opens this folder, is missing: pip install compressed-tensors"
+        ) from error
+    config = json.loads(Path(folder, CONFIG).read_text())
+    kind = getattr(transformers, config["architectures"][0])
+    options = {}
+    if not _settings(folder)["config_groups"]["group_0"]["weights"]["symmetric"]:
+        whole = transformers.CompressedTensorsConfig(dequantize=True)
+        options["quantization_config"] = whole
+    with quiet(transformers):
+        return kind.from_pretrained(folder, **options).eval()
+
+
+def is_compressed_tensors(folder: str | Path) -> bool:
+    """Whether a folder holds a model in this format.
+
+    Examples
+    --------
+    >>> is_compressed_tensors("no/such/folder")
+    False
+    """
+    try:
+        return _settings(folder).get("quant_method") == "compressed-tensors"
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _settings(folder: str | Path) -> dict[str, Any]:
+    return json.loads(Path(folder, CONFIG).read_text())["quantization_config"]
+
+
+def _integers(stored: Tensor, bits: int, columns: int) -> Tensor:
+    """The opposite of `words`."""
+    sign = {4: 0x88, 8: 0x80}[bits]
+    bytes_ = stored.contiguous().view(torch.uint8).bitwise_xor(sign)
+    width = -(-columns // 8) * bits
+    bytes_ = nn.functional.pad(bytes_, (0, max(0, width - bytes_.shape[-1])))[:, :width]
+    return unpack(bytes_.contiguous(), bits, columns)
 
 
 def words(integers: Tensor, bits: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from companion.errors import UnsupportedModel, WrongStage, extra
 from companion.files import write_atomically
+from companion.formats.served import Matrix
 from companion.numerics.packing import unpack
 from companion.numerics.scheme import BLOCK8
 from companion.qat.packed import Packed
@@ -190,6 +191,47 @@ def q8_0(integers: Tensor, scale: Tensor) -> np.ndarray:
     return _with_scales(integers.numpy().reshape(len(integers), -1, BLOCK).view(np.uint8), scale)
 
 
+def read_gguf(path: str | Path, model: nn.Module) -> dict[str, Matrix]:
+    """Read the integers and scales out of an exported file, in the order that the model has them.
+
+    Parameters
+    ----------
+    path : path
+    model : nn.Module
+        Whose layers are asked for: it says what llama.cpp calls them, and how it orders rows.
+
+    Returns
+    -------
+    dict of str to Matrix
+        By the name of a layer; those that the file does not hold in Q4_0 or Q8_0 are left out.
+    """
+    with extra("gguf"):
+        import gguf
+
+    family = _family(model)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    named, found = _names(model, family), {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Packed):
+            continue
+        tensor = tensors.get(named(f"{name}.weight"))
+        kinds = gguf.GGMLQuantizationType
+        if tensor is None or tensor.tensor_type not in (kinds.Q4_0, kinds.Q8_0):
+            continue
+        blocks = tensor.data.reshape(layer.rows, layer.columns // BLOCK, -1)
+        scales, stored = blocks[..., :2].copy().view(np.float16)[..., 0], blocks[..., 2:]
+        if tensor.tensor_type == kinds.Q4_0:
+            halves = np.concatenate([stored & 15, stored >> 4], -1)
+            integers = halves.astype(np.int8) - HALF
+        else:
+            integers = stored.copy().view(np.int8)
+        back = _order(model, family, name)(torch.arange(layer.rows)).argsort().numpy()
+        found[name] = Matrix(
+            integers.reshape(layer.rows, -1)[back], scales.astype(np.float32)[back]
+        )
+    return found
+
+
 def _with_scales(bytes_: np.ndarray, scale: Tensor) -> np.ndarray:
     rows, blocks, _ = bytes_.shape
     repeated = scale.repeat_interleave(blocks // scale.shape[-1], -1).contiguous()
@@ -220,21 +262,8 @@ def _tensors(
     model: nn.Module, family: Family, floats: str
 ) -> Iterator[tuple[str, np.ndarray, gguf.GGMLQuantizationType]]:
     """Every weight under llama.cpp's name; what is tied to the embedding stands in the file once."""
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
-
-    (arch,) = (a for a in MODEL_ARCH if MODEL_ARCH_NAMES[a] == family.name)
-    names = get_tensor_name_map(arch, model.config.num_hidden_layers)
     head = model.get_output_embeddings()
-    tied = model.config.tie_word_embeddings
-
-    def named(name: str) -> str:
-        found = names.get_name(name, (".weight", ".bias"))
-        if found is None:
-            raise UnsupportedModel(
-                f"llama.cpp's {family.name} has no place for {name}: use export_onnx()"
-            )
-        return found
-
+    tied, named = model.config.tie_word_embeddings, _names(model, family)
     packed = {n: m for n, m in model.named_modules() if isinstance(m, Packed)}
     for name, layer in packed.items():
         if not (tied and layer is head):
@@ -245,6 +274,24 @@ def _tensors(
         if (name.startswith(inside) and not name.endswith(".bias")) or (tied and module is head):
             continue
         yield _float(named(name), tensor, _order(model, family, name.rpartition(".")[0]), floats)
+
+
+def _names(model: nn.Module, family: Family) -> Callable[[str], str]:
+    """What llama.cpp calls a tensor of the model."""
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    (arch,) = (a for a in MODEL_ARCH if MODEL_ARCH_NAMES[a] == family.name)
+    names = get_tensor_name_map(arch, model.config.num_hidden_layers)
+
+    def named(name: str) -> str:
+        found = names.get_name(name, (".weight", ".bias"))
+        if found is None:
+            raise UnsupportedModel(
+                f"llama.cpp's {family.name} has no place for {name}: use export_onnx()"
+            )
+        return found
+
+    return named
 
 
 Order = Callable[[Tensor], Tensor]

@@ -28,6 +28,8 @@ from companion.errors import (
 )
 from companion.files import sha256, write_folder
 from companion.formats.registration import METHOD
+from companion.formats.served import Matrix
+from companion.numerics.packing import unpack
 from companion.qat.packed import Packed, is_pretrained
 from companion.qat.saved import describe, fill, refuse_foreign, renamed
 
@@ -195,6 +197,38 @@ def load_quantized(
         if isinstance(module, Packed):
             module.cache = cache
     return loaded
+
+
+def read_folder(folder: str | Path, model: nn.Module) -> dict[str, Matrix]:
+    """Read the integers and scales out of a folder's files, past every loader.
+
+    Parameters
+    ----------
+    folder : path
+        From `save_quantized`.
+    model : nn.Module
+        Whose layers are asked for.
+
+    Returns
+    -------
+    dict of str to Matrix
+        By the name of a layer; those that are tied stand under one of their names.
+
+    Raises
+    ------
+    DamagedFile
+        If a file is missing, truncated or edited.
+    """
+    _, description = _read_config(Path(folder))
+    tensors, bits = _read_tensors(Path(folder), description), description["scheme"]["weight_bits"]
+    inside, found = description["inside"], {}
+    for name, layer in model.named_modules():
+        place = name.removeprefix(inside)
+        if isinstance(layer, Packed) and f"{place}.integers" in tensors:
+            integers = unpack(tensors[f"{place}.integers"], bits, layer.columns)
+            scales = tensors[f"{place}.scale"].float()
+            found[name] = Matrix(integers.numpy(), scales.numpy())
+    return found
 
 
 def is_saved(folder: str | Path) -> bool:
@@ -431,7 +465,7 @@ def _rebuild(folder: Path, config: dict[str, Any], description: dict[str, Any]) 
             f"{name} is no model class of transformers, so it cannot be rebuilt from config.json: "
             f"pass a float model of this class, load_quantized(folder, model=...)"
         )
-    with _quiet(transformers):
+    with quiet(transformers):
         if description["format"] == FORMAT:
             return kind.from_pretrained(folder)
         settings = kind.config_class.from_dict(config)
@@ -454,8 +488,13 @@ def _set_generation(model: nn.Module, folder: Path) -> None:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No bars, and no reports of what is there on purpose."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """Let transformers show no bars, and no reports of what is there on purpose.
+
+    Parameters
+    ----------
+    transformers : module
+    """
     logging = transformers.utils.logging
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

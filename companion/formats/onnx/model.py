@@ -6,19 +6,19 @@ Built in chapter 15.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from companion.errors import DamagedFile, UnreadableBatch, UnsupportedModel, extra
 from companion.evaluation.forward import refuse
 from companion.formats.onnx.choice import TOP_K, active_settings, choose, draw_rules, rules
 from companion.formats.onnx.graphs import KEY, Description, tokens
+from companion.formats.served import ServedModel
 
 
 class Output(NamedTuple):
@@ -27,7 +27,7 @@ class Output(NamedTuple):
     logits: Tensor
 
 
-class OnnxModel(nn.Module):
+class OnnxModel(ServedModel):
     """A file of `export_onnx` in ONNX Runtime, on the CPU.
 
     `perplexity`, `accuracy` and the metrics of the tasks take it as they take any model.
@@ -47,7 +47,7 @@ class OnnxModel(nn.Module):
     --------
     >>> import tempfile
     >>> from companion import W4, convert, export_onnx, prepare_qat
-    >>> q = convert(prepare_qat(nn.Sequential(nn.Linear(64, 8)), W4))
+    >>> q = convert(prepare_qat(torch.nn.Sequential(torch.nn.Linear(64, 8)), W4))
     >>> x = torch.ones(3, 64)
     >>> path = export_onnx(q, tempfile.mkdtemp() + "/layer.onnx", example=x)
     >>> torch.allclose(OnnxModel(path)(x), q(x), atol=1e-5)
@@ -116,6 +116,12 @@ class OnnxModel(nn.Module):
         self._needs("retrieval")
         return self._run(self._texts(input_ids, attention_mask, {}))[0]
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it knows, 0 where the file does not say."""
+        known = self._session.get_outputs()[0].shape[-1]
+        return known if isinstance(known, int) else 0
+
     def generate(
         self,
         input_ids: Tensor,
@@ -123,6 +129,8 @@ class OnnxModel(nn.Module):
         *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int = 0,
         stop: bool = True,
         settings: Mapping | None = None,
@@ -142,6 +150,10 @@ class OnnxModel(nn.Module):
             settings say, or 50.
         temperature : float, optional
             0 takes the likeliest token each time. Default: what the settings say, or 0.
+        top_k : int, optional
+            Draw from so many of the likeliest tokens. Default: what the settings say.
+        top_p : float, optional
+            Draw from the fewest tokens that hold so much probability. Default: likewise.
         seed : int
             Of the draws, where the temperature is above 0.
         stop : bool
@@ -161,71 +173,109 @@ class OnnxModel(nn.Module):
             If the file holds no language model, or the settings ask for something else than one
             token after the other, such as beams.
         """
+        steps = self._steps([one_text(input_ids, attention_mask)], max_new_tokens, temperature,
+                            top_k, top_p, seed, stop, settings)  # fmt: skip
+        return (token for (token,) in steps if token is not None)
+
+    def generate_batch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: bool = True,
+        settings: Mapping | None = None,
+    ) -> list[list[int]]:
+        """Go on with several texts at once, which share each reading of the weights.
+
+        Parameters
+        ----------
+        input_ids : Tensor, int64, shape (batch, length)
+        attention_mask : Tensor, int64, shape (batch, length), optional
+            0 at padding, on either side. Default: no padding.
+        max_new_tokens, temperature, top_k, top_p, stop, settings
+            As in `generate`.
+        seed : int
+            Row r gets the draws that `generate` gives it with ``seed + r``.
+
+        Returns
+        -------
+        list of list of int
+            New tokens of each text; of different length where the model ends some earlier.
+
+        Raises
+        ------
+        ValueError, UnsupportedModel
+            As in `generate`.
+        """
+        steps = self._steps(texts(input_ids, attention_mask), max_new_tokens, temperature,
+                            top_k, top_p, seed, stop, settings)  # fmt: skip
+        rows = zip(*steps, strict=True)
+        return [[token for token in row if token is not None] for row in rows]
+
+    def _steps(
+        self, told: list[list[int]], most: int | None, temperature: float | None,
+        top_k: int | None, top_p: float | None, seed: int, stop: bool, settings: Mapping | None,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
+        """Check what is asked for, and give the next token of every text until all have ended."""
         self._needs("decoder")
-        wanted = active_settings(self.description.generation if settings is None else settings)
+        asked = dict(self.description.generation if settings is None else settings)
+        asked |= {name: value for name, value in (("top_k", top_k), ("top_p", top_p))
+                  if value is not None}  # fmt: skip
+        wanted = active_settings(asked)
         if temperature is None:
             temperature = wanted.get("temperature", 1.0) if wanted.get("do_sample") else 0.0
-        if wanted.get("do_sample") and "top_k" not in (settings or self.description.generation):
+        if wanted.get("do_sample") and "top_k" not in asked:
             wanted["top_k"] = TOP_K
-        told = _text(input_ids, attention_mask)
-        limit = self._limit(len(told), max_new_tokens, wanted)
         if temperature < 0:
             raise ValueError(f"temperature={temperature} is below 0, which takes the likeliest")
+        limits = [limit(self.description.context, len(text), most, wanted) for text in told]
         ends = self.description.stop
         if settings is not None and "eos_token_id" in wanted:
             ends = tokens(wanted["eos_token_id"])
-        always = rules(wanted, len(told), limit, ends)
+        always = [rules(wanted, len(text), limits[row], ends) for row, text in enumerate(told)]
         drawn = draw_rules(wanted) if temperature else []
-        rng = np.random.default_rng(seed)
+        rngs = [np.random.default_rng(seed + row) for row in range(len(told))]
 
-        def choice(logits: np.ndarray) -> int:
-            return choose(logits, told, always, drawn, temperature, rng)
+        def choice(row: int, logits: np.ndarray) -> int:
+            return choose(logits, told[row], always[row], drawn, temperature, rngs[row])
 
-        return self._tokens(told, limit, ends if stop else (), choice)
-
-    def _limit(self, prompt: int, most: int | None, settings: Mapping) -> int:
-        """Most tokens of prompt and answer together."""
-        context = self.description.context or math.inf
-        if most is None:
-            total = settings.get("max_length", prompt + 50)
-            total = prompt + settings["max_new_tokens"] if "max_new_tokens" in settings else total
-        else:
-            total = prompt + most
-        if prompt >= context:
-            raise ValueError(
-                f"the prompt has {prompt} tokens and the model's context ends at {context}, which "
-                f"leaves no room for a new one: shorten it to at most {context - 1}"
-            )
-        if total <= prompt:
-            raise ValueError(
-                f"max_new_tokens={total - prompt} asks for no token: give 1 or more"
-                if most is not None
-                else f"the prompt has {prompt} tokens and the generation settings end a text at "
-                f"{total}: give max_new_tokens"
-            )
-        return min(total, context)
+        return self._tokens(told, limits, ends if stop else (), choice)
 
     def _tokens(
-        self, told: list[int], limit: int, ends: Sequence[int], choice: Callable
-    ) -> Iterator[int]:
-        """Append to a text until it ends; `choice` reads it."""
+        self, told: list[list[int]], limits: list[int], ends: Sequence[int], choice: Callable
+    ) -> Iterator[list[int | None]]:
+        """Append to each text until it ends; `choice` reads it. Shorter ones are padded on the left."""
         with extra("deploy"):
             from onnxruntime import OrtValue
 
         names = [node.name for node in self._session.get_outputs()]
         past = {name: OrtValue.ortvalue_from_numpy(x.numpy())
-                for name, x in self._no_past(1).items()}  # fmt: skip
-        ids = np.array([told])
-        while len(told) < limit:
-            text = {"input_ids": ids, "attention_mask": np.ones((1, len(told)), dtype=np.int64)}
-            feed = {name: OrtValue.ortvalue_from_numpy(x) for name, x in text.items()}
+                for name, x in self._no_past(len(told)).items()}  # fmt: skip
+        width = max(map(len, told))
+        ids = np.array([[0] * (width - len(text)) + text for text in told])
+        mask = np.array([[0] * (width - len(text)) + [1] * len(text) for text in told])
+        open_ = [True] * len(told)
+        while any(open_):
+            feed = {name: OrtValue.ortvalue_from_numpy(x)
+                    for name, x in (("input_ids", ids), ("attention_mask", mask))}  # fmt: skip
             logits, *present = self._session.run_with_ort_values(names, feed | past)
-            token = choice(logits.numpy()[0, -1])
-            told.append(token)
-            yield token
-            if token in ends:
-                return
-            past, ids = dict(zip(past, present, strict=True)), np.array([[token]])
+            last = logits.numpy()[:, -1]
+            new = [choice(row, last[row]) if open_[row] else None for row in range(len(told))]
+            for row, token in enumerate(new):
+                if token is not None:
+                    told[row].append(token)
+                    open_[row] = token not in ends and len(told[row]) < limits[row]
+            yield new
+            past = dict(zip(past, present, strict=True))
+            ids = np.array(
+                [[token or 0] for token in new]
+            )  # a text that has ended reads on, unheard
+            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
 
     def extra_repr(self) -> str:
         return f"{self.description.kind}: {self.description.quantization}"
@@ -281,18 +331,103 @@ def _description(saved: dict) -> Description:
     return Description(**saved | {"past": past, "stop": tuple(saved["stop"])})
 
 
-def _text(ids: Tensor, mask: Tensor | None) -> list[int]:
-    """The tokens of one text, without its padding."""
+def limit(context: int, prompt: int, most: int | None, settings: Mapping) -> int:
+    """Most tokens of prompt and answer together.
+
+    Parameters
+    ----------
+    context : int
+        Most tokens that the model takes, 0 where that is unknown.
+    prompt : int
+        Tokens of the prompt.
+    most : int, optional
+        New tokens that were asked for; otherwise the settings say how many.
+    settings : mapping
+        Of generation.
+
+    Raises
+    ------
+    ValueError
+        If no new token has room, or none is asked for.
+
+    Examples
+    --------
+    >>> limit(256, 250, 50, {})
+    256
+    """
+    if context and prompt >= context:
+        raise ValueError(
+            f"the prompt has {prompt} tokens and the model's context ends at {context}, which "
+            f"leaves no room for a new one: shorten it to at most {context - 1}"
+        )
+    if most is None:
+        total = settings.get("max_length", prompt + 50)
+        total = prompt + settings["max_new_tokens"] if "max_new_tokens" in settings else total
+    else:
+        total = prompt + most
+    if total <= prompt:
+        raise ValueError(
+            f"max_new_tokens={total - prompt} asks for no token: give 1 or more"
+            if most is not None
+            else f"the prompt has {prompt} tokens and the generation settings end a text at "
+            f"{total}: give max_new_tokens"
+        )
+    return min(total, context or total)
+
+
+def one_text(ids: Tensor, mask: Tensor | None = None) -> list[int]:
+    """Return the tokens of one text, without its padding.
+
+    Parameters
+    ----------
+    ids : Tensor, int64, shape (1, length)
+    mask : Tensor, int64, shape (1, length), optional
+        0 at padding.
+
+    Raises
+    ------
+    ValueError
+        If it is empty, or more than one.
+
+    Examples
+    --------
+    >>> one_text(torch.tensor([[0, 5, 6]]), torch.tensor([[0, 1, 1]]))
+    [5, 6]
+    """
     if ids.dim() != 2 or len(ids) != 1:
         raise ValueError(
             f"input_ids has shape {tuple(ids.shape)}, and generate goes on with one text: give "
-            "(1, length), and call it for each text of a batch"
+            "(1, length); generate_batch of an OnnxModel takes several"
         )
+    return texts(ids, mask)[0]
+
+
+def texts(ids: Tensor, mask: Tensor | None = None) -> list[list[int]]:
+    """Return the tokens of each text of a batch, without their padding.
+
+    Parameters
+    ----------
+    ids : Tensor, int64, shape (batch, length)
+    mask : Tensor, int64, shape (batch, length), optional
+        0 at padding.
+
+    Raises
+    ------
+    ValueError
+        If the two do not fit each other, or a text is empty.
+
+    Examples
+    --------
+    >>> texts(torch.tensor([[0, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]]))
+    [[5], [6, 7]]
+    """
+    if ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(ids.shape)}: give (batch, length)")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(ids.shape)}"
         )
-    told = ids[0] if mask is None else ids[0][mask[0].bool()]
-    if not len(told):
+    found = [row if mask is None else row[mask[place].bool()] for place, row in enumerate(ids)]
+    if not found or not all(map(len, found)):
         raise ValueError("the prompt is empty: begin with a token, such as tokenizer.bos_token_id")
-    return told.tolist()
+    return [text.tolist() for text in found]

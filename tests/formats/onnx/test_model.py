@@ -136,6 +136,60 @@ def test_padding_is_left_out_of_a_prompt(served):
     assert list(served.generate(padded, mask, max_new_tokens=5)) == expected
 
 
+BATCH = ["Return the", "The for statement is used to iterate", "A"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.3, "top_k": 30, "seed": 5},
+        {"temperature": 0.9, "top_p": 0.8, "seed": 2},
+    ],
+    ids=lambda options: "-".join(options) or "greedy",
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_goes_on_as_its_texts_do_one_by_one(served, side, options):
+    tokenizer = load_tokenizer("docs-lm")
+    rows = [tokenizer(text).input_ids for text in BATCH]
+    width = max(map(len, rows))
+    gaps = [(0, width - len(row)) if side == "right" else (width - len(row), 0) for row in rows]
+    ids, mask = (
+        torch.stack([torch.nn.functional.pad(torch.tensor(row), gap) for row, gap in zip(of, gaps)])  # noqa: B905
+        for of in (rows, [[1] * len(row) for row in rows])
+    )
+    found = served.generate_batch(ids, mask, max_new_tokens=9, **options)
+    seed = options.pop("seed", 0)
+    one_by_one = [list(served.generate(torch.tensor([row]), max_new_tokens=9, seed=seed + place,
+                                       **options)) for place, row in enumerate(rows)]  # fmt: skip
+    assert found == one_by_one
+    assert len({tuple(row) for row in found}) == 3
+
+
+def test_texts_of_a_batch_end_each_for_itself(served):
+    long = torch.randint(1, 4096, (1, 250), generator=torch.Generator().manual_seed(0))
+    short = torch.nn.functional.pad(PROMPT, (250 - PROMPT.shape[1], 0))
+    ids, mask = torch.cat([long, short]), torch.cat([long, short]) != 0
+    mask[0] = True
+    full, other = served.generate_batch(ids, mask, max_new_tokens=12, stop=False)
+    assert (len(full), len(other)) == (6, 12)  # the context ends at 256
+    assert other == list(served.generate(PROMPT, max_new_tokens=12, stop=False))
+    stop = other[3]
+    settings = {"eos_token_id": stop}
+    assert served.generate_batch(PROMPT, max_new_tokens=12, settings=settings)[0] == other[:4]
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        served.generate_batch(ids, torch.zeros_like(ids))
+    with pytest.raises(ValueError, match="at most 255"):
+        served.generate_batch(torch.ones(2, 256, dtype=torch.int64))
+
+
+def test_top_k_of_one_is_the_likeliest(served):
+    greedy = list(served.generate(PROMPT, max_new_tokens=6))
+    assert list(served.generate(PROMPT, max_new_tokens=6, temperature=3.0, top_k=1)) == greedy
+    assert list(served.generate(PROMPT, max_new_tokens=6, temperature=3.0, top_p=1e-9)) == greedy
+    assert list(served.generate(PROMPT, max_new_tokens=6, temperature=3.0)) != greedy
+
+
 def test_perplexity_takes_it_like_any_model(served_docs_lm, served):
     batches = list(load_task("language-reference", batch_size=4).validation)[:3]
     ours, theirs = (perplexity(m, batches) for m in (served_docs_lm[0], served))
