@@ -37,6 +37,7 @@ from companion import (
     choose_scale,
     convert,
     fit,
+    fit_blocks,
     load_pretrained,
     model_bytes,
     prepare_qat,
@@ -57,6 +58,9 @@ CALIBRATION = 256
 """Rows for GPTQ: 65,536 tokens."""
 SEEN = 16
 """Rows that calibrated arms see before the first step: 4,096 tokens."""
+BLOCK_STEPS = 200
+"""Optimizer steps of each block, where blocks are trained one by one, on what GPTQ reads."""
+BLOCK_RATES = (3e-4, 1e-3, 3e-3)
 FACTOR, MOST = 3.0, 6
 """Where the best rate is at an end, the next one beyond it; trials at most."""
 PTQ, PLAIN = ("nearest", "mse", "gptq"), {"nearest": "absmax"}
@@ -98,7 +102,9 @@ class Arm:
     target : {"labels", "teacher"}
         The teacher of an arm that starts late is the float model it starts from; otherwise the float
         control of the same draw.
-    start : {"first", "late"}
+    start : {"first", "late", "blocks", "blocks first"}
+        When the rounding begins: from the first step on, or late. Or on the float control of the
+        draw, whose rounded blocks are trained one by one; that is all, or the steps come after it.
     step_rate : float
         Learning rate of learned steps over that of the weights.
     calibrated : bool
@@ -198,6 +204,12 @@ class Study:
             return self.steps(job)
         return round(LATE * self.steps(job)) if job.arm.start == "late" else 0
 
+    def tokens(self, job: Job) -> int:
+        """Tokens that an arm trains on, those of its float control not counted."""
+        blocks = BLOCK_STEPS if job.arm.start.startswith("blocks") else 0
+        whole = 0 if job.arm.start == "blocks" else self.steps(job)
+        return (blocks + whole) * self.rows * SIZE
+
     def measure(self, model: nn.Module, part: str):
         """Losses by document, in full float32 whatever the training used."""
         with exact():
@@ -227,10 +239,14 @@ class Study:
             self.run(job, draw, rate, test=True)
 
     def tune(self, job: Job) -> float:
-        """Try rates at the budget's steps until the best is inside the range, and return it."""
+        """Try rates at the budget's steps until the best is inside the range, and return it.
+
+        The rate is that of the blocks for an arm that trains nothing else.
+        """
         job = replace(job, steps=None)
         budget = self.budget
         usual = budget.float_rates if job.arm.method == "float" else budget.rates
+        usual = BLOCK_RATES if job.arm.start == "blocks" else usual
         rates = sorted(job.rates or usual)
         if self.small:
             return rates[1]
@@ -257,7 +273,7 @@ class Study:
             return self.record(model, test) | {
                 "scheme": "float" if job.scheme is None else scheme_name(job.scheme),
                 "method": job.arm.name, "seed": draw, "lr": rate, "steps": steps,
-                "float_steps": self.float_steps(job), "training_tokens": steps * self.rows * SIZE,
+                "float_steps": self.float_steps(job), "training_tokens": self.tokens(job),
                 "validation": history, "seconds": round(time.time() - started, 1),
             }  # fmt: skip
 
@@ -269,6 +285,8 @@ class Study:
         first = 0 if arm.method == "float" else self.float_steps(job)
         batches = self.texts.train(draw, steps, self.rows, self.device)
         begin = self.float_phase(batches[:first], draw, first) if first else self.start
+        if blocks := arm.start.startswith("blocks"):
+            begin = self.load_control(draw)
         loss = default_loss
         if arm.target == "teacher":
             teacher = copy.deepcopy(begin) if first else self.load_control(draw)
@@ -281,6 +299,12 @@ class Study:
             method = {"lsq": CapturableStep}.get(arm.method, arm.method)
             seen = self.texts.calibration(SEEN, SEEN // 4, self.device) if arm.calibrated else None
             model, finish = prepare_qat(model, job.scheme, method, calibration=seen), convert
+        if blocks:
+            alone = arm.start == "blocks"
+            only = replace(job, arm=replace(arm, start="blocks"), rates=None)
+            history = self.fit_blocks(model, begin, rate if alone else self.tune(only))
+            if alone:
+                return finish(model), history
         history = self.fit(model, batches[first:], rate, loss, arm.step_rate)
         return finish(model), history
 
@@ -306,6 +330,15 @@ class Study:
         if graphed is not None:
             graphed.check(batches[-1])
         return history.validation
+
+    def fit_blocks(self, model: nn.Module, teacher: nn.Module, rate: float) -> list:
+        rows, steps = (4, 4) if self.small else (CALIBRATION, BLOCK_STEPS)
+        before = self.measure(model, "validation").mean
+        read = self.texts.calibration(rows, self.rows, self.device)
+        with self.autocast():
+            fit_blocks(model, read, teacher=teacher, batches=len(read), lr=rate, progress=False,
+                       steps=steps)  # fmt: skip
+        return [[0, before], [steps, self.measure(model, "validation").mean]]
 
     def autocast(self):
         return torch.autocast("cpu", torch.bfloat16, self.bfloat16)

@@ -25,6 +25,7 @@ from statistics import median
 import torch
 
 from benchmarks.arms import (
+    BLOCK_STEPS,
     CALIBRATION,
     FLOAT,
     IMITATING_FLOAT,
@@ -44,7 +45,7 @@ from benchmarks.arms import (
 from benchmarks.excerpts import SIZE, read
 from benchmarks.provenance import RESULTS, as_json
 from benchmarks.verdicts import Families, judge
-from companion import fit, load_pretrained, prepare_qat
+from companion import fit, fit_blocks, load_pretrained, prepare_qat
 from companion.training.losses import default_loss
 
 BUDGET = Budget((3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3), rows=4, looks=2)
@@ -55,6 +56,8 @@ CURVE = (12, 25, 50)
 EQUAL = {"lsq": 228, "torchao": 220}
 """Steps with labels that take the time of the learned step with a teacher, and of training that
 teacher first, by `--costs`."""
+GENTLE = (1e-5, 3e-5, 1e-4)
+"""Rates to begin with where blocks were trained before."""
 PAIR = ("W2 g32", "W3 g32")
 LEARNED = "lsq calibrated"
 FAMILIES: Families = {
@@ -66,6 +69,9 @@ FAMILIES: Families = {
     "G": [(s, (f"{LEARNED}, labels, first", f"{LEARNED}, teacher, first"), "gptq")
           for s in (*PAIR, "W4 g32")],
     "H": [(s, f"{LEARNED}, teacher, first", f"{LEARNED}, teacher, late") for s in PAIR],
+    "I": [(s, f"{LEARNED}, teacher, blocks", second) for s in PAIR
+          for second in (f"{LEARNED}, teacher, first", "autoround")],
+    "J": [(s, f"{LEARNED}, teacher, blocks first", f"{LEARNED}, teacher, blocks") for s in PAIR],
 }  # fmt: skip
 """As in benchmarks/hypotheses.md."""
 
@@ -84,6 +90,9 @@ def jobs() -> Work:
     queue += [Job(arm, W4) for arm in (with_labels[0], taught[0])]
     queue += [Job(late[0], scheme) for scheme in (W2, W3)]
     queue += [("autoround", scheme, draw) for scheme in (W2, W3) for draw in SEEDS]
+    in_blocks = [replace(taught[0], start=start) for start in ("blocks", "blocks first")]
+    queue += [Job(in_blocks[0], scheme) for scheme in (W2, W3)]
+    queue += [Job(in_blocks[1], scheme, rates=GENTLE) for scheme in (W2, W3)]
     several = [(arm, scheme) for scheme in (W2, W3) for arm in with_labels[:2]]
     queue += [Job(arm, scheme, EQUAL[arm.method]) for arm, scheme in several]
     queue += [Job(arm, scheme, steps, (0,)) for arm, scheme in several for steps in CURVE]
@@ -113,10 +122,15 @@ def costs() -> dict[str, float]:
     reference = median(taken["float, labels"])
     found = {name: round(median(times) / reference, 3) for name, times in taken.items()}
     batches = read(None, "docs-lm").calibration(CALIBRATION, 2 * BUDGET.rows, start.device)
-    for name in ("gptq", "autoround"):
+    whole_run = reference / STEPS_TIMED * BUDGET.steps
+    for name in ("gptq", "autoround", "blocks"):
         began = time.perf_counter()
-        round_with(name, copy.deepcopy(start), W2, batches)
-        whole_run = reference / STEPS_TIMED * BUDGET.steps
+        if name == "blocks":
+            model = prepare_qat(start, W2)
+            fit_blocks(model, batches, teacher=start, batches=len(batches), steps=BLOCK_STEPS,
+                       progress=False)  # fmt: skip
+        else:
+            round_with(name, copy.deepcopy(start), W2, batches)
         found[name] = round((time.perf_counter() - began) / whole_run, 3)
     return found
 
@@ -149,6 +163,8 @@ def cost_of(method: str, costs: dict[str, float], late: float = 0.75) -> float:
     name, target, start = method.split(", ")
     name = name.split(" ")[0]  # a start that was calibrated costs nothing to speak of
     rounded = costs[f"{name}, {target}"]
+    if start.startswith("blocks"):
+        return costs["blocks"] + (rounded if start == "blocks first" else 0)
     return late * costs["float, labels"] + (1 - late) * rounded if start == "late" else rounded
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from companion.qat.packed import release_cache
     from companion.qat.prepare import convert, prepare_qat
     from companion.study.compare import compare
+    from companion.training.blocks import fit_blocks
     from companion.training.fit import fit
 
 __version__ = "0.2.0"
@@ -44,6 +45,7 @@ _HOME = {
     "qat.packed": ("release_cache",),
     "qat.prepare": ("convert", "prepare_qat"),
     "study.compare": ("compare",),
+    "training.blocks": ("fit_blocks",),
     "training.fit": ("fit",),
 }
 _MODULE = {name: f"companion.{module}" for module, names in _HOME.items() for name in names}
@@ -67,6 +69,7 @@ __all__ = [
     "export_onnx",
     "fake_quantize",
     "fit",
+    "fit_blocks",
     "latency",
     "load_pretrained",
     "load_quantized",

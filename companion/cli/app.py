@@ -88,7 +88,7 @@ def finetune(
     scheme: Annotated[list[str], typer.Option(
         help="W4, W3, W2 (groups of 32), W4-g64, W2-row, W4A8, W8A8; may be repeated.")] = ["W4", "W2"],  # noqa: B006
     method: Annotated[list[str], typer.Option(
-        help="default, lsq, mse, absmax, lora, gptq, ...; may be repeated.")] = ["default"],  # noqa: B006
+        help="default, lsq, mse, absmax, lora, gptq, blockwise, ...; may be repeated.")] = ["default"],  # noqa: B006
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every arm.")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every arm.")] = 1,
     lr: Annotated[list[float], typer.Option(

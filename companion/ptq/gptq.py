@@ -27,6 +27,7 @@ from companion.numerics.search import best_ratio
 from companion.qat.layers import FakeQuantConv1D, FakeQuantLinear
 from companion.qat.prepare import prepare_qat
 from companion.qat.ranges import LearnedStepSize
+from companion.training.blocks import block_of
 
 COLUMNS = 128  # columns whose errors are gathered before the rest of a row is corrected
 
@@ -104,7 +105,7 @@ def gptq(
     tied: dict[int, list[str]] = {}  # layers with one weight are rounded once, for all their inputs
     for name in prepared.quantization.layers:
         tied.setdefault(id(prepared.get_submodule(name).weight), []).append(name)
-    blocks = [list(names) for _, names in groupby(tied.values(), lambda names: _block_of(names[0]))]
+    blocks = [list(names) for _, names in groupby(tied.values(), lambda names: block_of(names[0]))]
     passes = _Passes(prepared, blocks, calibration)
     bar = tqdm(blocks, desc="gptq", leave=False, **({} if progress else {"disable": True}))
     for place, block in enumerate(bar):
@@ -223,11 +224,11 @@ class _Passes:
 
     def __init__(self, model: nn.Module, blocks: list[list[list[str]]], calibration: list) -> None:
         self.model, self.calibration = model, calibration
-        paths = [_block_of(names[0]) for (names, *_) in blocks]
+        paths = [block_of(names[0]) for (names, *_) in blocks]
         self.blocks = [model.get_submodule(path) for path in paths]
         self.kept: list[Any] = [None] * len(calibration)  # what the second block before gave back
         own = all(
-            _block_of(name) == path
+            block_of(name) == path
             for path, block in zip(paths, blocks, strict=True)
             for names in block
             for name in names
@@ -358,10 +359,3 @@ def _hessians(model: nn.Module, tied: list[list[str]], passes: _Passes, place: i
             "calibration batches, or calibrate the model in float32"
         )
     return [total / n for total, n in zip(sums, seen, strict=True)]
-
-
-def _block_of(name: str) -> str:
-    """Name the repeated block that a layer belongs to: its path down to the first number."""
-    parts = name.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[: first + 1])

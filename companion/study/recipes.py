@@ -19,6 +19,7 @@ from companion.qat.calibration import BATCHES
 from companion.qat.lora import convert_base, lora, lora_outside
 from companion.qat.prepare import convert, prepare_qat
 from companion.training.batches import batches
+from companion.training.blocks import fit_blocks
 
 Prepare = Callable[..., nn.Module]  # (model, scheme, task, skip)
 
@@ -94,6 +95,16 @@ def _gptq(model: nn.Module, scheme: QuantScheme, task: Task, skip: Sequence[str]
     return gptq(model, scheme, task.train, skip=skip, progress=False)
 
 
+def _blockwise(
+    model: nn.Module, scheme: QuantScheme, task: Task, skip: Sequence[str], embeddings: bool = False
+) -> nn.Module:
+    """Round a trained model, and let its blocks learn one by one to do what they did before."""
+    torch.manual_seed(0)  # what is read
+    prepared = _calibrated(model, scheme, task, skip, embeddings)
+    fit_blocks(prepared, task.train, teacher=model, progress=False)
+    return prepared
+
+
 def _lora_outside(
     model: nn.Module, scheme: QuantScheme, task: Task, skip: Sequence[str]
 ) -> nn.Module:
@@ -111,6 +122,7 @@ ARMS: dict[str, Arm] = {
         NEAREST,
         Arm("nearest-mse", _with("mse"), float_share=1.0),
         Arm("gptq", _matrices_only(_gptq), float_share=1.0),
+        Arm("blockwise", _blockwise, float_share=1.0),
         Arm("absmax", _with("absmax")),
         Arm("absmax-torchao-gradient", _with("absmax-torchao-gradient")),
         Arm("mse", _with("mse")),
