@@ -1,8 +1,8 @@
 """Arms of a study: how each trains, how its rate is found, and what is measured once.
 
 Three studies are made of it: `benchmarks.smollm2`, `benchmarks.recovery` and, on chats,
-`benchmarks.chat`. What they compare, and by which rule, stands in benchmarks/hypotheses.md, written before a test split was
-opened. Every arm takes equally many optimizer steps on the same rows, keeps the weights that did
+`benchmarks.chat`. What they compare, and by which rule, stands in benchmarks/hypotheses.md,
+written before a test split was opened. Every arm takes equally many optimizer steps on the same rows, keeps the weights that did
 best on validation, and has its learning rate chosen there from three or more, the best of them
 inside the range. Each finished run is a file below --work, and a run that is there is not done
 again; `--merge` (and the end of every command) writes the results file from them.
@@ -679,11 +679,6 @@ def merge(name: str, work: Path, texts: Texts, budget: Budget, more: More | None
         raise ValueError(f"{path} was measured on other text: move it away to begin anew")
     about |= more(records, packages) if more else {}
     return write_results(
-        name,
-        records,
-        about,
-        steps=budget.steps,
-        rows=budget.rows,
-        size=texts.size,
+        name, records, about, steps=budget.steps, rows=budget.rows, size=texts.size,
         seeds=len(SEEDS),
-    )
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """A chat model is fine-tuned and rounded: what was won on the task, and what was forgotten.
 
-    python -m benchmarks.chat                         (about six hours on one core)
-    python -m benchmarks.chat --workers 2             (one process on each of two: three)
+    python -m benchmarks.chat                         (hours; interrupted, it goes on)
+    python -m benchmarks.chat --workers 2             (one process on each of two cores)
     python -m benchmarks.chat --small                 (tries every kind of run for four steps)
 
 SmolLM2-135M-Instruct learns to write the summary line of a docstring: 40 optimizer steps of 8 chats,
@@ -161,8 +161,11 @@ class ChatTexts:
         return self.batches(self.held_out[part], rows, device, measured=True)
 
     def calibration(self, rows: int, batch: int, device: torch.device) -> list[dict]:
-        """Return chats for GPTQ and for ranges, from the end of the tuning draw."""
-        kept = self.batches(self.draws[TUNING][TRAINED:][-rows:], batch, device)
+        """Return chats for GPTQ and for ranges, which no run trains on, from the end of the tuning draw.
+
+        One at a time whatever `batch` says, since GPTQ would count padding as an input.
+        """
+        kept = self.batches(self.draws[TUNING][TRAINED:][-rows:], 1, device)
         return [
             {name: column for name, column in each.items() if name != "labels"} for each in kept
         ]

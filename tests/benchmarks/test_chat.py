@@ -110,7 +110,9 @@ def test_batches_hold_each_chat_once_and_calibration_no_answer_to_learn(texts):
     assert sum(len(b["labels"]) for b in texts.train(0, 5, 3, place)) == 15
     owners = [d for b in texts.test("test", 3, place) for d in b["document"].tolist()]
     assert sorted(owners) == list(range(8)) != owners  # sorted by length, numbered as they were
-    assert all("labels" not in batch for batch in texts.calibration(4, 2, place))
+    seen = texts.calibration(4, 2, place)
+    assert len(seen) == 4
+    assert all("labels" not in batch and batch["attention_mask"].all() for batch in seen)
     with pytest.raises(ValueError, match=f"holds {TRAINED} chats"):
         texts.train(0, TRAINED, 2, place)
 
