@@ -96,9 +96,9 @@ same = by_hand == render(talk, tokenizer) == theirs
 print("by hand, by the companion and by transformers alike:", same)
 
 # %% [markdown]
-# When the model is to speak, the same program opens its turn and stops there. Those last two lines are
-# the cord that is pulled behind the curtain. A model that was fine-tuned on another template waits for
-# another cord; half of all disappointing chat models are that.
+# When the model is to speak, the same program opens its turn and stops there. The last line of the
+# text is the cord that is pulled behind the curtain. A model that was fine-tuned on another template waits
+# for another cord, and a good deal of disappointment with chat models is no more than that.
 
 # %%
 asked = render(talk[:3], tokenizer, answer=True)
@@ -219,9 +219,9 @@ print("converted computes what was trained:", torch.equal(before, after))
 # %% [markdown]
 # ## A trade to learn
 #
-# The task comes from docstrings, as the texts of the chapters before. The prompt shows what stands below
+# The task comes from docstrings, like most of our texts. The prompt shows what stands below
 # the summary line; the answer is the line that the author wrote. Modules whose docstrings are tested are
-# never trained on. `load_task("docstring-summaries")` has five thousand of them; we take a few short
+# never trained on. `load_task("docstring-summaries")` holds thousands of such chats; we take a few short
 # ones, so that this page runs on a laptop while you read it.
 
 # %%
@@ -300,14 +300,15 @@ measure("before", original)
 
 # %% [markdown]
 # :::{admonition} Before you read on
-# The model is about to learn from two dozen lines, and then every weight is rounded to one of eight
-# values. Which of the two does more to its answers about bees and bakers: the lessons, or the rounding?
+# The model is about to learn from two dozen lines, and then the weights of its layers are rounded, each
+# to one of the eight steps that its group has at three bits. Which of the two does more to its answers
+# about bees and bakers: the lessons, or the rounding?
 # :::
 #
 # ## Four roads to three bits
 #
-# First in floating point; this is what most people have when they begin to think about size.
-# In the trade it is called *supervised fine-tuning*, SFT. Then that model is rounded to nearest, in groups of 32.
+# First in floating point; this is what most people have when they begin to think about size. It goes by
+# the name of *supervised fine-tuning*, SFT. Then that model is rounded to nearest, in groups of 32.
 
 # %%
 sft = copy.deepcopy(original)
@@ -352,8 +353,8 @@ merged = convert(adapted.merge_and_unload())
 measure("LoRA-QAT", merged)
 
 # %% [markdown]
-# Adapters begin at nothing and have further to go, so they take a larger learning rate. All rates here are
-# guesses from the study of [](ch11); the study below finds them for each arm. On a dozen test chats:
+# Adapters begin at nothing and have further to go, so they take a larger learning rate. The rates here
+# are guesses after a look at other runs; the study below finds one for each arm. On a dozen test chats:
 
 # %% tags=["nbval-ignore-output"]
 table = pd.DataFrame(
@@ -375,7 +376,8 @@ trade(
 )
 
 # %% [markdown]
-# Downwards and to the left is where one wants to be. Margins, fixed before this was run:
+# Downwards and to the left is where one wants to be. The margins were fixed before this page was first
+# run, after a trial of four steps on other chats:
 
 # %%
 lesson = loss_difference(losses["before"], losses["float SFT"])

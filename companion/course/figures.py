@@ -525,7 +525,7 @@ def trade(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: str
     fig, ax = _axes()
     for index, (name, (x, y)) in enumerate(points.items()):
         ax.plot([x], [y], linestyle="none", marker=MARKERS[index % len(MARKERS)], markersize=9,
-                color=COLOURS[index % len(COLOURS)], label=name)  # fmt: skip
+                color=COLOURS[index % len(COLOURS)], label=name, clip_on=False)  # fmt: skip
     ax.margins(0.12)
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
