@@ -233,6 +233,8 @@ class ChatStudy(Study):
         asked = self.texts.held_out["test"][: 4 if self.small else ANSWERED]
         self.prompts = [chat[:-1] for chat in asked]
         self.authors = [chat[-1]["content"] for chat in asked]
+        shown = [{"prompt": chat[0]["content"], "author": chat[1]["content"]} for chat in asked]
+        self.kept("asked", lambda: {"asked": shown[:KEPT]})
         self.everyday = EVERYDAY[: 2 if self.small else None]
         said = self.kept("everyday", self.original_answers)["answers"]
         chats = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -316,13 +318,10 @@ def summary_format(given: Sequence[str]) -> Scores:
 
 
 def more(records: list[dict], packages: list[str]) -> dict:
-    """The verdicts on complete families, what was asked, and what the authors wrote."""
+    """The verdicts on complete families, and how much was asked."""
     runs = [record for record in records if "method" in record]
-    texts = read()
-    shown = texts.held_out["test"][:KEPT]
     return {
         "verdicts": judge(runs, packages, FAMILIES, BUDGET.steps),
-        "asked": [{"prompt": chat[0]["content"], "author": chat[1]["content"]} for chat in shown],
         "everyday": list(EVERYDAY),
         "sizes": {"answered": ANSWERED, "everyday": len(EVERYDAY), **HELD_OUT},
     }
