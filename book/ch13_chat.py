@@ -39,6 +39,7 @@ import torch
 from myst_nb import glue
 
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore")
 
 import datasets
 import transformers
@@ -57,7 +58,6 @@ from companion.study.tables import Results
 from companion.training.losses import default_loss
 from companion.training.trainer import QATCallback, QATMixin
 
-warnings.filterwarnings("ignore")
 transformers.logging.set_verbosity_error()
 datasets.disable_progress_bars()
 torch.manual_seed(0)
@@ -234,8 +234,8 @@ for part, size in SIZES.items():
 task = chat("lines", splits, tokenizer, "docstrings", batch_size=4)
 prompts = [messages[:-1] for messages in splits["test"][:6]]
 authors = [messages[-1]["content"] for messages in splits["test"][:6]]
-print(prompts[0][0]["content"])
-print("->", authors[0])
+print(prompts[2][0]["content"])
+print("->", authors[2])
 
 # %% [markdown]
 # And there is everything else that the model could do before. To notice whether it forgets that, we
@@ -397,9 +397,10 @@ print(
 print("rounding moves it further than the lessons:  ", further)
 
 # %% [markdown]
-# So much for bees and bakers: the lessons hardly touched them, and the rounding did. What people call
-# forgetting after fine-tuning is, at few bits, first of all rounding. And training on the task mends
-# more than the task, since a weight that rounding broke was broken for every question.
+# So much for bees and bakers: the rounding did more to them than the lessons. What looks like forgetting
+# in a small fine-tuned model may be rounding first of all. In the last column the models that trained under
+# rounding have moved less far than the one that was rounded afterwards, and nobody taught them about bees:
+# a weight that rounding broke was broken for every question, and what mends it mends more than the task.
 #
 # ### Side by side
 #
@@ -407,7 +408,7 @@ print("rounding moves it further than the lessons:  ", further)
 # it with suspicion: one answer more or less proves nothing.
 
 # %% tags=["nbval-ignore-output"]
-for place in range(3):
+for place in (1, 2):
     body = prompts[place][0]["content"].partition("\n\n")[2]
     print(textwrap.shorten(body, 74))
     for name, texts in {"author": authors, **given}.items():
