@@ -1,8 +1,8 @@
 """Arms of a study: how each trains, how its rate is found, and what is measured once.
 
-Two studies are made of it: `benchmarks.smollm2` and `benchmarks.recovery`. What they
-compare, and by which rule, stands in benchmarks/hypotheses.md, written before a test split was
-opened. Every arm takes equally many optimizer steps on the same rows, keeps the weights that did
+Three studies are made of it: `benchmarks.smollm2`, `benchmarks.recovery` and, on chats,
+`benchmarks.chat`. What they compare, and by which rule, stands in benchmarks/hypotheses.md,
+written before a test split was opened. Every arm takes equally many optimizer steps on the same rows, keeps the weights that did
 best on validation, and has its learning rate chosen there from three or more, the best of them
 inside the range. Each finished run is a file below --work, and a run that is there is not done
 again; `--merge` (and the end of every command) writes the results file from them.
@@ -180,6 +180,11 @@ class Study:
         Four steps of two rows each, on eight documents, without trials of rates.
     """
 
+    after: tuple[str, ...] = PTQ
+    """How float controls are rounded afterwards."""
+    one_shape = True
+    """Whether all batches are alike, so that a card can repeat one captured step."""
+
     def __init__(
         self, work: Path, texts: Texts, start: nn.Module, device, deadline: float, budget: Budget,
         small: bool = False,
@@ -204,11 +209,10 @@ class Study:
             return self.steps(job)
         return round(LATE * self.steps(job)) if job.arm.start == "late" else 0
 
-    def tokens(self, job: Job) -> int:
+    def read_by(self, job: Job, draw: int) -> int:
         """Tokens that an arm trains on, those of its float control not counted."""
-        blocks = BLOCK_STEPS if job.arm.start.startswith("blocks") else 0
-        whole = 0 if job.arm.start == "blocks" else self.steps(job)
-        return (blocks + whole) * self.rows * SIZE
+        blocks = BLOCK_STEPS * self.rows * SIZE if job.arm.start.startswith("blocks") else 0
+        return blocks + (0 if job.arm.start == "blocks" else self.tokens(draw, self.steps(job)))
 
     def measure(self, model: nn.Module, part: str):
         """Losses by document, in full float32 whatever the training used."""
@@ -231,7 +235,7 @@ class Study:
     def do(self, job) -> None:
         """Tune and run one job, or round the float controls."""
         if isinstance(job, tuple):
-            for method in PTQ if job[0] == "ptq" else job[:1]:
+            for method in self.after if job[0] == "ptq" else job[:1]:
                 self.round_after(job[1], method, job[2])
             return
         rate = self.tune(job)
@@ -273,7 +277,7 @@ class Study:
             return self.record(model, test) | {
                 "scheme": "float" if job.scheme is None else scheme_name(job.scheme),
                 "method": job.arm.name, "seed": draw, "lr": rate, "steps": steps,
-                "float_steps": self.float_steps(job), "training_tokens": self.tokens(job),
+                "float_steps": self.float_steps(job), "training_tokens": self.read_by(job, draw),
                 "validation": history, "seconds": round(time.time() - started, 1),
             }  # fmt: skip
 
@@ -290,15 +294,9 @@ class Study:
         loss = default_loss
         if arm.target == "teacher":
             teacher = copy.deepcopy(begin) if first else self.load_control(draw)
-            loss = Imitation(teacher.eval())
-        model = copy.deepcopy(begin)
-        finish: Callable[[nn.Module], nn.Module] = lambda trained: trained  # noqa: E731
-        if arm.method == "torchao":
-            model, finish = prepare_torchao(model, job.scheme)
-        elif arm.method != "float":
-            method = {"lsq": CapturableStep}.get(arm.method, arm.method)
-            seen = self.texts.calibration(SEEN, SEEN // 4, self.device) if arm.calibrated else None
-            model, finish = prepare_qat(model, job.scheme, method, calibration=seen), convert
+            loss = self.imitation(teacher.eval())
+        seen = self.texts.calibration(SEEN, SEEN // 4, self.device) if arm.calibrated else None
+        model, finish = self.prepare(copy.deepcopy(begin), arm.method, job.scheme, seen)
         if blocks:
             alone = arm.start == "blocks"
             only = replace(job, arm=replace(arm, start="blocks"), rates=None)
@@ -308,9 +306,25 @@ class Study:
         history = self.fit(model, batches[first:], rate, loss, arm.step_rate)
         return finish(model), history
 
+    def prepare(self, model: nn.Module, method: str, scheme, seen: list | None):
+        """What trains, and how it is converted; `model` is the arm's own."""
+        if method == "float":
+            return model, lambda trained: trained
+        if method == "torchao":
+            return prepare_torchao(model, scheme)
+        method = {"lsq": CapturableStep}.get(method, method)
+        return prepare_qat(model, scheme, method, calibration=seen), convert
+
+    def imitation(self, teacher: nn.Module):
+        return Imitation(teacher)
+
+    def tokens(self, draw: int, steps: int) -> int:
+        """How many a run of so many steps reads."""
+        return steps * self.rows * SIZE
+
     def fit(self, model, batches: list, rate: float, loss, step_rate: float = 1.0) -> list:
         graphed = None
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.one_shape:
             torch.cuda.empty_cache()
             try:
                 loss = graphed = GraphedLoss(model.train(), loss, batches[0])
@@ -402,7 +416,7 @@ class Study:
             model = round_with(method, model, scheme, calibration)
             return self.record(model, test=True) | {
                 "scheme": scheme_name(scheme), "method": method, "seed": draw, "steps": steps,
-                "float_steps": steps, "lr": 0.0, "training_tokens": steps * self.rows * SIZE,
+                "float_steps": steps, "lr": 0.0, "training_tokens": self.tokens(draw, steps),
             }  # fmt: skip
 
         self.kept(f"{scheme_name(scheme)}, {method}, draw {draw}", make)
@@ -616,8 +630,9 @@ def work_through(study: Study, jobs: Work) -> None:
 
 
 def command(
-    name: str, model: str, jobs: Work, budget: Budget, text: str, more: More | None = None
-) -> None:
+    name: str, model: str, jobs: Work, budget: Budget, text: str, more: More | None = None,
+    study: type[Study] = Study, read: Callable[[Path | None, str], Texts] = read,
+) -> None:  # fmt: skip
     """The command line of a study.
 
     Parameters
@@ -632,12 +647,16 @@ def command(
         What `--help` says.
     more : callable, optional
         ``more(records, packages)`` returns further keys of the results file.
+    study : type
+        `Study`, or one that measures more.
+    read : callable
+        ``read(path, model)`` gives it its texts.
     """
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, default=cache_folder() / f"{name}-study")
-    parser.add_argument("--texts", type=Path, help="file of benchmarks.excerpts")
+    parser.add_argument("--texts", type=Path, help="file of the texts, for a machine without them")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after these")
     parser.add_argument("--small", action="store_true", help="four steps each, to try it")
@@ -671,7 +690,7 @@ def command(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cuda.matmul.allow_tf32 = True
         start = load_pretrained(model)
-        work_through(Study(args.work, texts, start, device, deadline, budget, args.small), jobs)
+        work_through(study(args.work, texts, start, device, deadline, budget, args.small), jobs)
         if "STUDY_DEADLINE" in os.environ:
             return
     if not args.small:
@@ -692,5 +711,6 @@ def merge(name: str, work: Path, texts: Texts, budget: Budget, more: More | None
         raise ValueError(f"{path} was measured on other text: move it away to begin anew")
     about |= more(records, packages) if more else {}
     return write_results(
-        name, records, about, steps=budget.steps, rows=budget.rows, size=SIZE, seeds=len(SEEDS)
-    )
+        name, records, about, steps=budget.steps, rows=budget.rows, size=texts.size,
+        seeds=len(SEEDS),
+    )  # fmt: skip

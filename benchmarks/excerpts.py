@@ -43,6 +43,7 @@ class Texts:
     packages: dict[str, list[str]]
     sha256: str
     versions: dict[str, str]
+    size = SIZE
 
     def train(self, draw: int, steps: int, rows: int, device: torch.device) -> list[dict]:
         """Return one batch for each step, no row twice."""

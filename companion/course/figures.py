@@ -470,6 +470,68 @@ def byte_by_byte(rows: Mapping[str, Sequence[str]]) -> Figure:
     return fig
 
 
+def read_and_scored(tokens: Sequence[str], scored: Sequence[bool]) -> Figure:
+    """Draw a text token by token, those that are learned in colour, the others in grey.
+
+    Parameters
+    ----------
+    tokens : sequence of str
+        A line break is drawn as an arrow.
+    scored : sequence of bool
+        Of the same length.
+
+    Examples
+    --------
+    >>> read_and_scored(["Who", "?", "Dorothy", "."], [False, False, True, True])
+    <Figure size 715x77 with 1 Axes>
+    """
+    shown = [token.replace("\n", "\u21b5") for token in tokens]
+    places, line, at, most = [], 0, 0.0, 46.0
+    for text in shown:
+        width = max(len(text), 1) + 1.0
+        if at + width > most:
+            line, at = line + 1, 0.0
+        places.append((line, at, width))
+        at += width + 0.3
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        fig, ax = plt.subplots(figsize=(6.5, 0.3 + 0.4 * (line + 1)))
+    for text, counts, (row, start, width) in zip(shown, scored, places, strict=True):
+        ax.add_patch(Rectangle((start, -row - 0.9), width, 0.8, linewidth=1.6 if counts else 0.8,
+                               facecolor="#CFE3F1" if counts else "0.95",
+                               edgecolor=COLOURS[0] if counts else "0.7"))  # fmt: skip
+        ax.text(start + width / 2, -row - 0.5, text, ha="center", va="center", fontsize=10,
+                family="monospace", color="black" if counts else "0.35")  # fmt: skip
+    ax.set_xlim(-0.3, most)
+    ax.set_ylim(-(line + 1) - 0.05, 0.05)
+    ax.axis("off")
+    fig.tight_layout(pad=0.2)
+    plt.close(fig)
+    return fig
+
+
+def trade(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: str) -> Figure:
+    """Draw named points against two measures, such as what was won and what was forgotten.
+
+    Parameters
+    ----------
+    points : mapping of str to (x, y)
+    xlabel, ylabel : str
+
+    Examples
+    --------
+    >>> trade({"float": (2.5, 0.1), "rounded": (3.0, 0.8)}, xlabel="loss", ylabel="forgotten")
+    <Figure size 715x406 with 1 Axes>
+    """
+    fig, ax = _axes()
+    for index, (name, (x, y)) in enumerate(points.items()):
+        ax.plot([x], [y], linestyle="none", marker=MARKERS[index % len(MARKERS)], markersize=9,
+                color=COLOURS[index % len(COLOURS)], label=name, clip_on=False)  # fmt: skip
+    ax.margins(0.12)
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
+    return _finish(fig, ax, xlabel, ylabel)
+
+
 def stacked_bars(values: Mapping[str, Mapping[str, float]], *, xlabel: str) -> Figure:
     """Draw bars that are made of parts, one below the other.
 

@@ -194,3 +194,24 @@ def test_only_what_a_result_rests_on_is_shown_of_warnings(capsys):
         warnings.warn("3 rows\nwere left out", DataWarning, stacklevel=1)
         warnings.warn("3 rows\nwere left out", DataWarning, stacklevel=1)
     assert capsys.readouterr().err == "evaluate: 3 rows were left out\n" * 2
+
+
+def test_conversations_of_ones_own_end_in_a_table_and_in_models_that_talk(tmp_path):
+    """Fifty of them and a real model: the slowest test of this file, about a minute."""
+    path, out = tmp_path / "chat.jsonl", tmp_path / "mine"
+    rows = [{"messages": [{"role": "user", "content": f"What is {n} plus one?"},
+                          {"role": "assistant", "content": f"{n + 1}."}]} for n in range(50)]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["finetune", "smollm2", "--task", str(path), "--scheme", "W4", "--method", "default",
+                 "--method", "lora", "--steps", "2", "--lr", "1e-4", "--out", str(out)]  # fmt: skip
+    result = runner.invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "loss (lower is better), 2 steps, 1 seed" in result.stdout
+    head, *lines = result.stdout.partition("1 seed")[2].splitlines()[1:]
+    assert head.split() == ["scheme", "method", "value", "recovered", "MB"]
+    trained = ("default", "lora")
+    assert {name for name in ("float", "nearest", *trained) if any(f" {name} " in x for x in lines)} == {
+        "float", "nearest", *trained}  # fmt: skip
+    for method in trained:
+        talk = said(out / f"W4-g32-{method}", "--max-new-tokens", 3, lines="What is 1 plus one?\n")
+        assert talk.stdout.strip()

@@ -21,6 +21,7 @@ E = Estimate(0.9, 0.85, 0.93, 100)
         plots.scatter(np.arange(3), np.arange(3), xlabel="x", ylabel="y"),
         plots.staircase(np.arange(3), np.arange(3), np.ones(3)),
         plots.heatmap(np.eye(2), ["0", "1"], ["q", "k"], xlabel="layer", ylabel="block"),
+        plots.trade({"a": (1.0, 0.2), "b": (2.0, 0.1)}, xlabel="x", ylabel="y"),
         plots.damage_by_bits({"rows": {"a": {8: E, 2: E}, "b": {4: E}}}, title="t", ylabel="y"),
     ],
 )
@@ -43,6 +44,18 @@ def test_points_stand_where_the_estimates_are():
 def test_bars_carry_their_numbers():
     texts = [t.get_text() for t in plots.bars({"a": 46.84}, xlabel="MB").axes[0].texts]
     assert texts == ["46.8"]
+
+
+def test_scored_tokens_stand_out_and_long_texts_wrap():
+    words = ["word"] * 30 + ["\n"]
+    axes = plots.read_and_scored(words, [False] * 30 + [True]).axes[0]
+    edges = [box.get_edgecolor() for box in axes.patches]
+    assert len(set(edges[:30])) == 1
+    assert edges[30] != edges[0]
+    assert axes.texts[-1].get_text() == "↵"
+    assert len({text.get_position()[1] for text in axes.texts}) > 2
+    ends = [box.get_x() + box.get_width() for box in axes.patches]
+    assert max(ends) <= axes.get_xlim()[1]
 
 
 def test_images_show_each_with_its_title():

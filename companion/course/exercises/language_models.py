@@ -45,6 +45,23 @@ def _mrr(scores: np.ndarray) -> float:
     return float(np.mean(1 / (scores >= scores.diagonal()[:, None]).sum(1)))
 
 
+def _rouge_l(given: str, author: str) -> float:
+    """F1 of the longest common subsequence of the words of two texts."""
+    one, other = given.split(), author.split()
+    longest = np.zeros((len(one) + 1, len(other) + 1), int)
+    for i, a in enumerate(one):
+        for j, b in enumerate(other):
+            skipped = max(longest[i, j + 1], longest[i + 1, j])
+            longest[i + 1, j + 1] = longest[i, j] + 1 if a == b else skipped
+    return float(2 * longest[-1, -1] / (len(one) + len(other)))
+
+
+def _moved(original: Tensor, model: Tensor, labels: Tensor) -> float:
+    """Mean KL(original || model) over the predictions that are scored."""
+    p, q = (logits[labels != -100].log_softmax(-1) for logits in (original, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
 LANGUAGE_MODELS: dict[str, Exercise] = {
     "ch08-perplexity": Exercise(
         lambda probabilities: float(np.exp(-np.mean(np.log(probabilities)))),
@@ -111,6 +128,50 @@ LANGUAGE_MODELS: dict[str, Exercise] = {
         [
             (np.array([[3.0, 1.0, 2.0], [5.0, 4.0, 1.0], [1.0, 2.0, 0.0]]),),
             (np.eye(4),),
+        ],
+    ),
+    "ch13-mask": Exercise(
+        lambda turns: [
+            token if role == "assistant" else -100 for role, tokens in turns for token in tokens
+        ],
+        "go through the turns in order; a token is its own label where the assistant speaks.",
+        [
+            ([("user", [5, 6]), ("assistant", [7, 2])],),
+            (
+                [
+                    ("system", [3]),
+                    ("user", [4]),
+                    ("assistant", [8, 2]),
+                    ("user", [4]),
+                    ("assistant", [9, 9, 2]),
+                ],
+            ),
+        ],
+    ),
+    "ch13-rouge": Exercise(
+        _rouge_l,
+        "2 * (words of the longest common subsequence) / (words of both texts together).",
+        [
+            ("the road leads to a city", "a yellow road leads to the city"),
+            ("follow the road", "follow the road"),
+            ("green spectacles", "a pair of silver shoes"),
+            ("to to the the", "the to the to"),
+        ],
+    ),
+    "ch13-forgotten": Exercise(
+        _moved,
+        "keep the rows whose label is not -100; sum p * (log p - log q) over words, mean over rows.",
+        [
+            (
+                torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, 1.0], [1.0, 1.0, 0.0]]),
+                torch.tensor([[1.0, 0.0, 2.0], [0.0, 5.0, 1.0], [1.0, 2.0, 0.0]]),
+                torch.tensor([-100, 2, 0]),
+            ),
+            (
+                torch.tensor([[0.0, 3.0], [1.0, 0.0]]),
+                torch.tensor([[2.0, 0.0], [0.0, 1.0]]),
+                torch.tensor([1, -100]),
+            ),
         ],
     ),
     "ch14-questions": Exercise(
