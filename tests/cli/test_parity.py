@@ -106,7 +106,10 @@ def test_what_was_exported_is_talked_to_and_measured_like_a_folder(folder, form)
         chat(str(folder / name), ["the road"], pieces.append, print, max_new_tokens=3)
         return "".join(pieces)
 
-    assert heard(NAMES[form]) == heard("w4") != "\n"
+    answer = heard(NAMES[form])
+    assert answer.strip()
+    if form != "gguf":  # whose inputs are rounded, which moves what this wild model says
+        assert answer == heard("w4")
     losses = [float(run("evaluate", folder / name, "--task", folder / "notes.txt", "--block-size", 8)
                     .stdout.split()[1]) for name in ("w4", NAMES[form])]  # fmt: skip
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
