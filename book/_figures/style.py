@@ -4,7 +4,7 @@ Every colour is a CSS variable with a fallback. In a page the picture stands inl
 sets the variables, so that it follows the page's theme; as a file of its own it shows the fallbacks,
 on the light card that every picture brings along.
 
-A picture is 480 units wide. A phone of 390 px shows it 366 px wide, so that its smallest type, of
+A picture is 480 units wide. A phone of 390 px shows it 374 px wide, so that its smallest type, of
 17 units, is 13 px there.
 """
 
