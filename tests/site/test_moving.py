@@ -86,10 +86,13 @@ def test_the_grid_rounds_as_the_companion_does(figures):
 
 def test_halves_are_rounded_to_the_even_one_and_scales_to_float16(figures):
     page = figures("grid").page
-    x = torch.tensor([0.5, 1.5, -0.5, 2.5, 7.0])  # a step of 2 in two bits: ties everywhere
+    x = torch.tensor([0.5, 1.5, -0.5, 2.5, 7.5])  # a step of 1 in four bits: ties everywhere
     found = page.evaluate("(x) => grid.roundRow(new Float32Array(x), 4, 5, 100)[0]", x.tolist())
     scale, _ = choose_scale(x, 4, scale_dtype=torch.float16)
-    assert found["scale"] == scale.item()
+    assert (found["scale"], found["integers"]) == (
+        scale.item(),
+        quantize(x, scale, bits=4).tolist(),
+    )
     tiny = torch.tensor([2e-6, -1e-6, 0.0])  # float16 has no normal number so small
     found = page.evaluate("(x) => grid.roundRow(new Float32Array(x), 3, 3, 100)[0]", tiny.tolist())
     scale, _ = choose_scale(tiny, 3, scale_dtype=torch.float16)
