@@ -276,7 +276,7 @@ curves(
 # the rest is the example above.
 # </figcaption>
 # <img src="_static/moving/staircase.svg" width="480" alt="Above, a staircase of eight levels with a weight on it and an arrow towards the target; below, the path of the hidden weight step by step, which drifts to the edge between two levels and then goes to and fro across it.">
-# <p class="mv-still">A still: in the book, with scripts, it moves.</p>
+# <p class="mv-still">A still of the staircase.</p>
 # </figure>
 #
 # Notice how it ends. Neither 1.0 nor 1.5 is the target, each pushes towards the other, and the

@@ -625,7 +625,7 @@ print("W8 answers word for word as float:", "yes" if same else "no")
 # of 32, as in the map above; a better way to round keeps more of an answer.
 # </figcaption>
 # <img src="_static/moving/answers.svg" width="480" alt="Answers of SmolLM2 to one prompt, in floating point and in eight, four, three and two bits.">
-# <p class="mv-still">A still: in the book, with scripts, it moves.</p>
+# <p class="mv-still">A still of one answer.</p>
 # </figure>
 #
 # ## Which layers hurt
@@ -848,7 +848,7 @@ curves(
 # 4-bit file, in blocks of 32, each block has few distinct values.
 # </figcaption>
 # <img src="_static/moving/grid.svg" width="480" alt="A histogram of one row of weights with the sixteen levels of a four-bit grid drawn over it; one giant weight at the far end stretches the grid, and nearly all others fall between two neighbouring levels.">
-# <p class="mv-still">A still: in the book, with scripts, it moves.</p>
+# <p class="mv-still">A still of one row.</p>
 # </figure>
 #
 # ## Activations, too

@@ -1026,7 +1026,7 @@ for (scheme, method), runs in sorted(longest.items()):
 # compare them, or turn to the tokens and see how far labels alone get.
 # </figcaption>
 # <img src="_static/moving/recovery.svg" width="480" alt="Shares of the damage recovered at two bits for eight methods, as dots with intervals, the highest first: AutoRound, learned steps with a teacher, GPTQ and learned steps with labels, torchao with a teacher, and below a wide gap the searched range, torchao and absmax with labels.">
-# <p class="mv-still">A still: in the book, with scripts, it moves.</p>
+# <p class="mv-still">A still of the two-bit view.</p>
 # </figure>
 #
 # ### What to read off

@@ -631,7 +631,7 @@ print(f"no damage to be seen: {np.mean(seen <= 0):.0%} of the sets")
 # of the chart, with what this course has measured for it.
 # </figcaption>
 # <img src="_static/moving/road.svg" width="480" alt="Five questions, on the model, where it runs, bits, text and memory, and an answer: for a language model in four bits with plenty of text, the search with inputs or GPTQ first, and training only if what is left is clearly above zero.">
-# <p class="mv-still">A still: in the book, with scripts, it moves.</p>
+# <p class="mv-still">A still of the questions.</p>
 # </figure>
 #
 # The same as a table, with the reasons.

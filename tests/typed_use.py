@@ -34,6 +34,7 @@ def models(folder: Path) -> nn.Module:
     assert_type(task, Task)
     qat = c.prepare_qat(model, c.W4, skip=["lm_head"])
     assert_type(c.fit(qat, task.train, steps=1, teacher=model), History)
+    assert_type(c.fit_blocks(qat, task.train, teacher=model), dict[str, History])
     converted = c.convert(qat)
     assert_type(converted, nn.Module)
     assert_type(c.save_quantized(converted, folder), Path)
