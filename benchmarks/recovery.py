@@ -142,6 +142,8 @@ def more(records: list[dict], packages: list[str]) -> dict:
     found = {"costs": kept["costs"]} if "costs" in kept else {}
     if found:
         methods = {record["method"] for record in records} - {"nearest", "mse"}
+        if "blocks" not in kept["costs"]:  # of an earlier state: `--costs` measures it
+            methods = {name for name in methods if "blocks" not in name}
         found["time"] = {name: round(cost_of(name, kept["costs"]), 3) for name in sorted(methods)}
     return found | {"verdicts": judge(records, packages, FAMILIES, BUDGET.steps)}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.arms import FLOAT, IMITATING_FLOAT, LATE, TUNING, W2, Arm, Job, Study
+from benchmarks.arms import BLOCK_STEPS, FLOAT, IMITATING_FLOAT, LATE, TUNING, W2, Arm, Job, Study
 from benchmarks.excerpts import read
 from benchmarks.recovery import BUDGET, EQUAL, FAMILIES, cost_of
 from benchmarks.verdicts import judge
@@ -59,7 +59,10 @@ def test_arms_are_matched():
     for runs in CELLS.values():
         assert [run["seed"] for run in runs] == [0, 1, 2]
         for run in runs:
-            assert run["training_tokens"] == BUDGET.steps * BUDGET.rows * 256
+            steps = {"blocks": BLOCK_STEPS, "blocks first": BLOCK_STEPS + BUDGET.steps}.get(
+                run["method"].rpartition(", ")[2], BUDGET.steps
+            )
+            assert run["training_tokens"] == steps * BUDGET.rows * 256
             assert run["weight"] == MEASURED[0]["weight"]
     late = [run for run in MEASURED if run["method"].endswith("late")]
     assert late
