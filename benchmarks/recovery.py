@@ -2,7 +2,8 @@
 
     python -m benchmarks.recovery                     (about five hours on two cores)
     python -m benchmarks.recovery --workers 2         (one process on each core: three)
-    python -m benchmarks.recovery --costs             (the time of a step of each arm; two minutes)
+    python -m benchmarks.recovery --costs             (the time of a step of each arm; three minutes)
+    python -m benchmarks.recovery --costs blocks      (this one only; the others stay as they are)
 
 100 optimizer steps of 1,024 tokens on docstrings, as docs-lm was pre-trained on, with test excerpts
 from other source files and three draws of the training text. There is nothing new to learn: what is
@@ -107,7 +108,7 @@ def costs() -> dict[str, float]:
     Of rounding afterwards, all of it over all steps of a float run.
     """
     start = load_pretrained("docs-lm")
-    rows = torch.randint(1, start.config.vocab_size, (BUDGET.rows, SIZE))
+    ids = torch.randint(1, start.config.vocab_size, (BUDGET.rows, SIZE))
     teacher = Imitation(copy.deepcopy(start).eval())
     losses = {"labels": default_loss, "teacher": teacher}
     models = {"float": copy.deepcopy(start)}
@@ -116,19 +117,20 @@ def costs() -> dict[str, float]:
     taken: dict[str, list[float]] = {}
     for _, (name, target) in product(range(ROUNDS), product(models, losses)):
         began = time.perf_counter()
-        fit(models[name], [{"input_ids": rows, "labels": rows}], steps=STEPS_TIMED, lr=1e-5,
+        fit(models[name], [{"input_ids": ids, "labels": ids}], steps=STEPS_TIMED, lr=1e-5,
             loss_fn=losses[target], progress=False)  # fmt: skip
         taken.setdefault(f"{name}, {target}", []).append(time.perf_counter() - began)
     reference = median(taken["float, labels"])
     found = {name: round(median(times) / reference, 3) for name, times in taken.items()}
-    batches = read(None, "docs-lm").calibration(CALIBRATION, 2 * BUDGET.rows, start.device)
+    texts = read(None, "docs-lm")
+    batches = texts.calibration(CALIBRATION, 2 * BUDGET.rows, start.device)
     whole_run = reference / STEPS_TIMED * BUDGET.steps
     for name in ("gptq", "autoround", "blocks"):
         began = time.perf_counter()
         if name == "blocks":
-            model = prepare_qat(start, W2)
-            fit_blocks(model, batches, teacher=start, batches=len(batches), steps=BLOCK_STEPS,
-                       progress=False)  # fmt: skip
+            rows = texts.calibration(CALIBRATION, BUDGET.rows, start.device)  # as an arm has them
+            fit_blocks(prepare_qat(start, W2), rows, teacher=start, batches=len(rows),
+                       steps=BLOCK_STEPS, progress=False)  # fmt: skip
         else:
             round_with(name, copy.deepcopy(start), W2, batches)
         found[name] = round((time.perf_counter() - began) / whole_run, 3)
@@ -170,15 +172,17 @@ def cost_of(method: str, costs: dict[str, float], late: float = 0.75) -> float:
     return late * costs["float, labels"] + (1 - late) * rounded if start == "late" else rounded
 
 
-def add_costs() -> None:
-    """Write the costs into the results file, and leave the rest as it is."""
+def add_costs(names: list[str]) -> None:
+    """Write the costs, or those named, into the results file, and leave the rest as it is."""
     path = RESULTS / "recovery.json"
-    content = json.loads(path.read_text()) | {"costs": costs()}
+    content, found = json.loads(path.read_text()), costs()
+    kept = content.get("costs", {}) if names else {}
+    content["costs"] = kept | {name: found[name] for name in names or found}
     path.write_text(as_json(content))
 
 
 if __name__ == "__main__":
     if "--costs" in sys.argv:
-        add_costs()
+        add_costs(sys.argv[sys.argv.index("--costs") + 1 :])
     else:
         command("recovery", "docs-lm", jobs(), BUDGET, __doc__, more)

@@ -220,6 +220,14 @@ def open_tokenizer(name: str):
     return tokenizer
 
 
+SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "pad_token": "padding_token_id",
+}
+"""Names of special tokens, and of what a GGUF file calls them."""
+
+
 def _tokenizer_inside(file: Path):
     """The tokenizer that a GGUF file holds; it takes no more tokens than the model."""
     from gguf import GGUFReader
@@ -230,6 +238,10 @@ def _tokenizer_inside(file: Path):
     template = "tokenizer.chat_template"  # transformers leaves some of them in the file
     if not tokenizer.chat_template and template in fields:
         tokenizer.chat_template = fields[template].contents()
+    for token, field in SPECIAL.items():  # a tokenizer's files beside it are asked before it is
+        if getattr(tokenizer, token) is None and (key := f"tokenizer.ggml.{field}") in fields:
+            number = int(fields[key].contents())
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(number))
     arch = fields["general.architecture"].contents()
     context = int(fields[f"{arch}.context_length"].contents())
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)

@@ -6,6 +6,7 @@ Built in chapter 15.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,24 @@ class LlamaCppModel(ServedModel):
         dict of int to float
             Natural logarithms of probabilities, among all tokens, by token.
         """
-        forced = {} if follows is None else {"logit_bias": [[follows, FORCED]]}
-        found = self._complete(ids, 1, logprobs=self.told, temperature=0.0, **forced)
-        (content,) = found["choices"][0]["logprobs"]["content"]
+        found = self._told_of(ids, self.told, follows)
+        if found is None:  # of a token that ends a text or has none nothing is told
+            found = self._told_of(ids, self.vocabulary, self._ordinary)
+        (content,) = found["content"]
         told = {entry["id"]: entry["logprob"] for entry in content["top_logprobs"]}
         return told | {content["id"]: content["logprob"]}
+
+    def _told_of(self, ids: Sequence[int], count: int, follows: int | None) -> dict | None:
+        """What is told of one place, when a token is made to follow; its probability stays its own."""
+        forced = {} if follows is None else {"logit_bias": [[follows, FORCED]]}
+        found = self._complete(ids, 1, logprobs=count, temperature=0.0, **forced)
+        return found["choices"][0]["logprobs"]
+
+    @cached_property
+    def _ordinary(self) -> int:
+        """A token of which something is told, whatever comes before it."""
+        numbers = range(self.vocabulary)
+        return next(n for n in numbers if self._told_of([0], 1, n) is not None)
 
     def generate(
         self,

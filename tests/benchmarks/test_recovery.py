@@ -32,6 +32,8 @@ README = {
     "learned steps, with labels": "lsq calibrated, labels, first",
     "torchao's QAT, with a teacher": "torchao, teacher, first",
     "learned steps, with a teacher": "lsq calibrated, teacher, first",
+    "learned steps, block by block": "lsq calibrated, teacher, blocks",
+    "learned steps, blocks and then the whole": "lsq calibrated, teacher, blocks first",
 }
 
 
@@ -82,7 +84,8 @@ def test_verdicts_follow_from_the_records():
 
 
 TOLD = {"D": ["better", "better", "better", "tie"], "E": ["tie", "better", "tie", "better"],
-        "F": ["better", "better"], "G": ["better", "tie", "tie"], "H": ["better", "tie"]}  # fmt: skip
+        "F": ["better", "better"], "G": ["better", "tie", "tie"], "H": ["better", "tie"],
+        "I": ["better", "tie", "tie", "tie"], "J": ["better", "tie"]}  # fmt: skip
 """What chapter 11 and the README say of each family, in the order of the file."""
 
 
@@ -107,7 +110,14 @@ def test_where_gptq_and_autoround_stand():
              for s in ("W3 g32", "W2 g32")}  # fmt: skip
     assert ahead["W2 g32"].low > 0.01
     assert abs(ahead["W3 g32"].value) < 0.01
+    last = "lsq calibrated, teacher, blocks first"  # "ahead of everything else in the table"
+    for name in TABLE.loc["W2 g32"].index.drop(last):
+        assert lead("W2 g32", CELLS["W2 g32", last], CELLS["W2 g32", name]).low > 0
+    gentle, usual = (CELLS["W2 g32", f"lsq calibrated, teacher, {start}"][0]["lr"]
+                     for start in ("blocks first", "first"))  # fmt: skip
+    assert usual / gentle == pytest.approx(300, rel=0.01)
     times = CONTENT["time"]
+    assert 0.5 < times["lsq calibrated, teacher, blocks"] / times["autoround"] < 0.6
     assert times["autoround"] > 2 * times["lsq calibrated, teacher, first"]
 
 

@@ -218,7 +218,7 @@ def test_a_task_of_the_wrong_kind_is_named(folder, encoder):
             says="no option 'block_size'",
         )
     fail("finetune", model, says="is quantized already")
-    fail("export", model, folder / "served", says="ends in .onnx or .gguf")
+    fail("export", model, folder / "served", says="let its name end in .onnx or .gguf")
 
 
 @pytest.mark.parametrize(
