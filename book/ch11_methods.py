@@ -734,8 +734,9 @@ hook = first_block.register_forward_pre_hook(
 with torch.no_grad():
     for batch in seen:
         start(input_ids=batch["input_ids"], use_cache=False)
-    wanted = [first_block(*args, **named) for args, named in given]
 hook.remove()
+with torch.no_grad():
+    wanted = [first_block(*args, **named) for args, named in given]
 size = torch.stack([h.square().mean() for h in wanted]).mean()
 
 # %%
