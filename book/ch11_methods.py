@@ -865,7 +865,7 @@ NAMES = {
     "torchao, teacher, first": "torchao, teacher",
     "lsq calibrated, teacher, first": "learned, teacher",
     "lsq calibrated, teacher, blocks": "learned, block by block",
-    "lsq calibrated, teacher, blocks first": "learned, blocks, then teacher",
+    "lsq calibrated, teacher, blocks first": "learned, blocks, then all",
 }
 
 
