@@ -30,6 +30,10 @@ FAULTS = """() => [...document.querySelectorAll('svg.concept')].flatMap((svg) =>
   return faults;
 })"""
 WIDE_FACE = "* { font-family: 'DejaVu Sans' !important }"  # the widest of the usual ones
+# add_style_tag would wait for an event that never comes where scripts are off
+STYLE = """(rules) => {
+  document.head.append(Object.assign(document.createElement('style'), {textContent: rules}));
+}"""
 SPOKEN = """() => [...document.querySelectorAll('figure svg.concept')].map((svg) => ({
   role: svg.getAttribute('role'),
   words: svg.getAttribute('aria-labelledby').split(' ').map((id) =>
@@ -62,7 +66,7 @@ def seen(browser, site):
             for width in WIDTHS:
                 page.set_viewport_size({"width": width, "height": 844})
                 found.faults[width] += page.evaluate(FAULTS)
-            page.add_style_tag(content=WIDE_FACE)
+            page.evaluate(STYLE, WIDE_FACE)
             for width in WIDTHS:
                 page.set_viewport_size({"width": width, "height": 844})
                 found.faults[width] += page.evaluate(FAULTS)
