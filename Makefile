@@ -14,6 +14,9 @@ book: $(READY)   ## set up if needed, then render the course to _build/html
 test: $(READY)   ## set up if needed, then run every check
 	$(BIN)/python -m tests.everything
 
+test-matrix: $(READY)  ## every notebook under 1, 2 and 4 threads and three widths of vectors (hours, resumable)
+	$(BIN)/python -m tests.matrix
+
 test-executorch: $(READY)  ## install ExecuTorch beside the rest and run what `make test` skips without it
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-executorch.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/formats/test_executorch.py companion/formats/executorch.py
@@ -35,4 +38,4 @@ $(READY): requirements.txt requirements-models.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $(READY)
 
-.PHONY: help book test test-executorch lab notebooks clean
+.PHONY: help book test test-matrix test-executorch lab notebooks clean

@@ -39,14 +39,13 @@ DEFAULT = replace(LEARNED, target="teacher", start="late")
 TORCHAO_DEFAULT = replace(DEFAULT, method="torchao", calibrated=False)
 
 NAME, PAIR = LEARNED.name.split(", ")[0], ("W2 g32", "W3 g32")
+BITS = {"W2 g32": "two", "W3 g32": "three", "W4 g32": "four"}
+COMPARED = ("labels, first", "teacher, late")
 FAMILIES: Families = {
-    "A": [(s, f"{NAME}, {how}", f"torchao, {how}") for s in PAIR
-          for how in ("labels, first", "teacher, first", "teacher, late")],
-    "A, four bits": [("W4 g32", f"{NAME}, {how}", f"torchao, {how}")
-                     for how in ("labels, first", "teacher, late")],
-    "B": [(s, tuple(f"{NAME}, {how}" for how in hows), "gptq") for s, hows in
-          (*((s, ("labels, first", "teacher, first", "teacher, late")) for s in PAIR),
-           ("W4 g32", ("labels, first", "teacher, late")))],
+    **{f"A, {bits} bits": [(s, f"{NAME}, {how}", f"torchao, {how}") for how in COMPARED]
+       for s, bits in BITS.items()},
+    **{f"B, {bits} bits": [(s, tuple(f"{NAME}, {how}" for how in COMPARED), "gptq")]
+       for s, bits in BITS.items()},
     "C": [(s, f"{NAME}, labels, first", f"{NAME}, labels, late") for s in PAIR],
 }  # fmt: skip
 """As in benchmarks/hypotheses.md."""
@@ -65,13 +64,13 @@ def jobs() -> Work:
     for s in (W2, W3):
         queue += [Job(LEARNED, s, rates=AROUND), Job(TORCHAO, s)]
         queue += [("ptq", s, draw) for draw in SEEDS]
+        queue += [Job(arm, s) for arm in (DEFAULT, TORCHAO_DEFAULT)]
     queue += [Job(arm, W4) for arm in (LEARNED, TORCHAO)]
-    queue += [Job(arm, s) for s in (W2, W3) for arm in taught]
-    queue += [Job(arm, s) for s in (W2, W3) for arm in (DEFAULT, TORCHAO_DEFAULT)]
     queue += [("ptq", W4, draw) for draw in SEEDS]
     queue += [Job(arm, W4) for arm in (DEFAULT, TORCHAO_DEFAULT)]
     queue += [Job(IMITATING_FLOAT)]
     queue += [Job(arm, s) for s in (W2, W3) for arm in late]
+    queue += [Job(arm, s) for s in (W2, W3) for arm in taught]
     # levers: where the learned steps start, how fast they move, absmax; on validation only
     queue += [Job(plain, s, draws=()) for s in (W2, W3, W4)]
     queue += [Job(replace(plain, step_rate=10.0), s, draws=()) for s in (W2, W3)]
