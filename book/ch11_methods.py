@@ -1154,8 +1154,9 @@ print(
 # than with any other. A hundred steps bring much of it back where the steps are learned. Where the range
 # follows the largest weight they bring back little: torchao's fake quantization, at the best of four
 # rates, stays above five nats. And unlike docs-lm SmolLM2 keeps what a calibrated start gives, on this one
-# draw at least. At three bits the order is the same on validation, and the distance smaller. (The verdict
-# of family A waits for the rest of its runs; with two draws in common, Student's t is a severe judge.)
+# draw at least. At three bits the order is the same on validation, and the distance smaller. (Three draws
+# of the text, one rate each, chosen on validation. The verdict by the rule of the study waits for the other
+# pair of arms that `benchmarks/hypotheses.md` announces for two bits, which start late and have a teacher.)
 #
 # ## The default, and why
 #
