@@ -151,6 +151,11 @@ print("learned the task:", result.value >= 0.75)
 # %% [markdown]
 # Five steps done, no error, a good number at the end. Here the source recipe stops.
 #
+# :::{admonition} Before you read on
+# The float file has 44.77 MB, and the second step asked for eight bits instead of thirty-two. How many
+# megabytes do you expect now?
+# :::
+#
 # ## What happened?
 #
 # We lift the basket. Five checks, each of which works on any model.
@@ -393,6 +398,12 @@ print("loss falls:", trained[2] < trained[0])
 # | A wrapper accounts for the quantization. | Stubs alone are the identity: same output, bit for bit. | [](ch05) |
 # | Training is quantization-aware. | No fake quantization: a float fine-tune, with the same weights as without the recipe. | [](ch06) |
 # | The accuracy at the end shows success. | It is the accuracy of the float model, without an interval and without a comparison. | [](ch07) |
+#
+# ## Quiz
+#
+# ```{quiz} ch01
+# Three questions, each answer explained: they stand in `_quizzes/ch01.md` beside this notebook.
+# ```
 #
 # ## Exercises
 #

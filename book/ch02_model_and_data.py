@@ -382,6 +382,11 @@ print("fine-tuned above from scratch:", low_rate.difference.low > 0)
 # On the machine that made this page it is {glue:text}`ch02-tuned:.3f` against
 # {glue:text}`ch02-scratch:.3f`, from the same images and the same steps.
 #
+# :::{admonition} Before you read on
+# The next section gives both models a rate twenty times as large. Will the fine-tuned one stay ahead by
+# its ten points, fall back, or gain?
+# :::
+#
 # ### Is it the start, or the learning rate?
 #
 # Before praising the shoes, ask what else could explain the gap. A learning rate this small
@@ -452,6 +457,12 @@ print("from scratch at 0.02 above fine-tuned at 0.001:", ahead)
 # Part I keeps the small rate of the source recipe all the same. Its chapters compare models that
 # start and train alike and differ only in their integers. But read their accuracies as those of a
 # short, gentle training, not as the best this network can do.
+#
+# ## Quiz
+#
+# ```{quiz} ch02
+# Three questions, each answer explained: they stand in `_quizzes/ch02.md` beside this notebook.
+# ```
 #
 # ## Exercises
 #

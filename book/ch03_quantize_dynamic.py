@@ -296,6 +296,11 @@ what_changed(layer, quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8))
 #
 # $$ \frac{\text{after}}{\text{before}} \approx \frac{p}{4} + (1 - p) = 1 - \tfrac34\, p . $$
 #
+# :::{admonition} Before you read on
+# An LSTM, two `Linear` layers with a ReLU between them, and a ResNet-18 for a thousand classes. What share
+# of its bytes will each of them keep?
+# :::
+#
 # Three models, from all to hardly any:
 
 # %%
@@ -394,6 +399,12 @@ except NothingToTrain as error:
 # So dynamic quantization is a last step, for a model that has finished learning. Whoever wants
 # to train *for* the integers needs weights that stay float and only look like integers:
 # {term}`fake quantization`, which [](ch05) inserts into a model.
+#
+# ## Quiz
+#
+# ```{quiz} ch03
+# Three questions, each answer explained: they stand in `_quizzes/ch03.md` beside this notebook.
+# ```
 #
 # ## Exercises
 #

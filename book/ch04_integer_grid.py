@@ -96,6 +96,11 @@ print(f"largest error, in steps: {((back - w).abs().max() / scale):.3f}")
 # No value is further from home than half a step. Zero comes back as exactly zero, which matters
 # more than it seems: padding and the zeros of a ReLU stay what they are.
 #
+# :::{admonition} Before you read on
+# Now halve the scale, and keep the sixteen integers. What happens to the error of a typical weight, and
+# what to the largest error?
+# :::
+#
 # What happens to a value beyond the end of the grid is the other half of the formula. With a
 # scale half as long, the grid is twice as fine and covers only half of the weights' range; the
 # rest is clipped, and its error has no bound.
@@ -630,6 +635,12 @@ print(f"share of the range kept: {share:.2f}")
 # Everything so far rounds a finished model. A model that is to be *trained* on a grid needs a
 # gradient, and rounding has none: its derivative is zero nearly everywhere. Chapter 6 trains
 # through it ([](ch06)); before that, chapter 5 puts the grid into a network ([](ch05)).
+#
+# ## Quiz
+#
+# ```{quiz} ch04
+# Three questions, each answer explained: they stand in `_quizzes/ch04.md` beside this notebook.
+# ```
 #
 # ## Exercises
 #

@@ -456,6 +456,11 @@ print(f"{after / before:.3f} of it")
 # A quarter, and a little more for the scales. In [](ch03) `quantize_dynamic` had left all the
 # convolutions alone.
 #
+# :::{admonition} Before you read on
+# Every weight and every activation is now one of 256 integers at the most. On how many of a hundred test
+# images, would you say, will the two models name different digits?
+# :::
+#
 # ### Does it still recognize digits?
 #
 # Both models answer the same test images, so we compare them pair by pair: the
@@ -598,6 +603,12 @@ print("agree on 90 %:", (answers_turned == answers_int8).mean() >= 0.90)
 # mind when somebody reports a tenth of a percent. Were there more batches, the first would count
 # for less. And a model can be trained while it is being watched, so that ranges and weights see
 # each other: that is [](ch06).
+#
+# ## Quiz
+#
+# ```{quiz} ch05
+# Three questions, each answer explained: they stand in `_quizzes/ch05.md` beside this notebook.
+# ```
 #
 # ## Exercises
 #

@@ -481,6 +481,11 @@ glue("ch06-last-loss", float(last), display=False)
 print("loss at least halved:", last < first / 2)
 
 # %% [markdown]
+# :::{admonition} Before you read on
+# The optimizer has moved every hidden weight for 120 steps. Which share of the integers has changed: half
+# of them, a tenth, a hundredth?
+# :::
+#
 # ## The hands and the Head
 #
 # What moved? Every float, a little; and some integers. We compare the integers of the convolutions
@@ -691,6 +696,12 @@ print("fake and converted agree on 99 % or more:", agreement >= 0.99)
 # They agree on {glue:text}`ch06-agreement:.1%` of the images. The accuracy of the converted network,
 # {glue:text}`ch06-accuracy:.3f`, means little alone: whether training was worth its price, and
 # against what, is the question of [](ch07).
+#
+# ## Quiz
+#
+# ```{quiz} ch06
+# Three questions, each answer explained: they stand in `_quizzes/ch06.md` beside this notebook.
+# ```
 #
 # ## Exercises
 #

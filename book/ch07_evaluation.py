@@ -235,6 +235,11 @@ print("QAT above PTQ at 2 bits:", gain.low > 0)
 # - *searched*: the same, and for each channel the range that rounds its weights with the smallest
 #   squared error.
 #
+# :::{admonition} Before you read on
+# Three widths, and every arm at the better of two learning rates. At which of 8, 4 and 2 bits do you expect
+# training under rounding to be ahead of the most careful rounding afterwards?
+# :::
+#
 # In the companion the two are switches of one call,
 # `calibrate(loader, batch_norm=True, search=True)`. Every prediction is stored, so that any two arms
 # can be paired. It takes some minutes; its result is part of the repository, and the cells below
@@ -416,6 +421,12 @@ bars(times, xlabel="milliseconds for a forward pass")
 #   under rounding is equivalent to float at the better rate, and close to it at the recipe's.
 # - **Know the road's end.** Its API is deprecated, it stores no weight of a convolution in less than
 #   a byte, and it knows convolutions rather than language models. That is where the next part begins.
+#
+# ## Quiz
+#
+# ```{quiz} ch07
+# Three questions, each answer explained: they stand in `_quizzes/ch07.md` beside this notebook.
+# ```
 #
 # ## Exercises
 #

@@ -421,6 +421,11 @@ print("every thousand steps better than before:", better)
 print("best at the end:", min(losses) == losses[-1])
 
 # %% [markdown]
+# :::{admonition} Before you read on
+# Next comes another text, the language reference. The trigram may count its training part; docs-lm has
+# never read a line of it. Who will predict the test part better?
+# :::
+#
 # ## A text it has never seen
 #
 # Now the language reference. It is English about Python too, but other English: a grammar and its
@@ -764,6 +769,12 @@ history = fit(mine, own.train, steps=10, lr=5e-4)
 print("learns it:", perplexity(mine, own.test).value < result.value)
 
 # %% [markdown]
+# ## Quiz
+#
+# ```{quiz} ch08
+# Three questions, each answer explained: they stand in `_quizzes/ch08.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} From probabilities to perplexity

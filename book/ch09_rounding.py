@@ -1231,6 +1231,12 @@ with torch.no_grad():
 # model to a runtime that has such kernels, in a later chapter. The exception is W8A8, whose kernel
 # we used above.
 #
+# ## Quiz
+#
+# ```{quiz} ch09
+# Three questions, each answer explained: they stand in `_quizzes/ch09.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} What does a weight cost?

@@ -318,6 +318,11 @@ curves(
 )
 
 # %% [markdown]
+# :::{admonition} Before you read on
+# Fine-tuning has made the float model better. Round the fine-tuned model to two bits: will it then be
+# better or worse than the model as it came, in floating point?
+# :::
+#
 # The third arm costs no training: the control, rounded to nearest. And two more for orientation,
 # the model as it came and that model rounded.
 
@@ -734,6 +739,12 @@ print("training turned the vectors back:  ", gain.low > 0.1)
 # settings = TrainingArguments("run", learning_rate=1e-5, max_steps=500)
 # Trainer(qat, settings, train_dataset=rows).train()  # rows of input_ids and labels
 # save_quantized(convert(qat), "your-model-4bit")
+# ```
+#
+# ## Quiz
+#
+# ```{quiz} ch10
+# Three questions, each answer explained: they stand in `_quizzes/ch10.md` beside this notebook.
 # ```
 #
 # ## Exercises

@@ -241,6 +241,11 @@ print(
 # which is little and clearly more than nothing; SmolLM2, whose loudest channels stretch the range of
 # all others, lost more than a nat.)
 #
+# :::{admonition} Before you read on
+# Two bits and five training steps. Will the model that spends them under rounding end ahead of the float
+# model that spends them and is rounded to nearest afterwards? And if GPTQ rounds that one?
+# :::
+#
 # ### 2 · Too few steps
 #
 # Two bits, where there is much to recover. What do five steps of QAT do, and what forty? With forty
@@ -691,6 +696,12 @@ print(
 #
 # So take the order of the questions from here, and the answers from a measurement of your own. It
 # takes three arms and a paired difference.
+#
+# ## Quiz
+#
+# ```{quiz} ch14
+# Three questions, each answer explained: they stand in `_quizzes/ch14.md` beside this notebook.
+# ```
 #
 # ## Exercises
 #

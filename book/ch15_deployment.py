@@ -315,6 +315,11 @@ print(
 )
 
 # %% [markdown]
+# :::{admonition} Before you read on
+# The four files hold the same integers. In which of them will the logits be furthest from those of the
+# model that was trained, and what could move them at all?
+# :::
+#
 # ## The same model?
 #
 # Equal integers are necessary, not sufficient: the graph around them has to be right as well. So each
@@ -912,6 +917,12 @@ print("the same 20 tokens:", ours == theirs[0, prompt.shape[1] :].tolist())
 # companion parity served/model.gguf --reference mine/W4-g32-default
 # companion generate served/model.gguf "The for statement"
 # companion bench docs-lm served/model.onnx served/model.gguf
+# ```
+#
+# ## Quiz
+#
+# ```{quiz} ch15
+# Three questions, each answer explained: they stand in `_quizzes/ch15.md` beside this notebook.
 # ```
 #
 # ## Exercises

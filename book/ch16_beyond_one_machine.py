@@ -201,6 +201,11 @@ print("a fiftieth of the rounding, or less:", (error < 0.02).item())
 # | two moments | 8 | from the first step on |
 # | gradient | 4 | from the backward pass to the step |
 #
+# :::{admonition} Before you read on
+# Sixteen bytes, then, in floating point. How many more does a parameter take that is rounded while it
+# trains, at the fullest moment?
+# :::
+#
 # And the rounding? The matrix multiplication needs the *rounded* weight again for its own backward
 # pass, and a learned step also needs to know what was clipped and by how much. Fake quantization as
 # it is usually written keeps all of that, for every layer, from the forward pass on: 4 bytes for the
@@ -505,6 +510,12 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 #   models multiply floats there, too: for speed hand them on to torchao ([](ch17)).
 # - Curves on a CPU and on a GPU differ after some steps, and CUDA's default kernels may add up in another
 #   order each time.
+#
+# ## Quiz
+#
+# ```{quiz} ch16
+# Three questions, each answer explained: they stand in `_quizzes/ch16.md` beside this notebook.
+# ```
 #
 # ## Exercises
 #

@@ -199,6 +199,11 @@ for layer, reason in report.skipped.items():
 # %% [markdown]
 # ## What others found
 #
+# :::{admonition} Before you read on
+# Thirteen published comparisons, from 1 to 8 billion parameters. What is the smallest share of the damage
+# that came back in them, and what the largest?
+# :::
+#
 # Four things make a report of QAT worth something: the float model, the model rounded *without* training,
 # the trained one, and a float control that was trained as long. Most give three. What we read of them
 # stands in `book/case_studies.json`, each figure with the place where it is printed (the report on
@@ -434,6 +439,12 @@ print(
 
 # %% [markdown]
 # [](torchao-mapping) translates name by name.
+#
+# ## Quiz
+#
+# ```{quiz} ch17
+# Three questions, each answer explained: they stand in `_quizzes/ch17.md` beside this notebook.
+# ```
 #
 # ## Exercises
 #

@@ -15,6 +15,7 @@ from course_site import (
     numbers,
     pages,
     pictures,
+    quizzes,
     reference,
 )
 
@@ -33,6 +34,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
         numbers,
         pages,
         pictures,
+        quizzes,
         reference,
     ):
         module.setup(app)
