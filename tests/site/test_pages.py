@@ -262,6 +262,7 @@ def test_chapters_are_numbered_as_their_files_in_titles_sidebar_and_references(t
         number = int(path[2:4])
         assert page.locator("h1:visible").first.inner_text().startswith(f"{number} · "), path
         assert page.title().startswith(f"{number} · "), path
+        assert page.title().count(f"{number} · ") == 1, path
         current = page.locator(".bd-sidebar-primary .current > a.current")
         assert current.inner_text().startswith(f"{number} · "), path
         for link in page.locator(".bd-article a.internal:has(.std-ref)").all():
