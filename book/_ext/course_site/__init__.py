@@ -17,6 +17,7 @@ from course_site import (
     pictures,
     quizzes,
     reference,
+    ticks,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
         pictures,
         quizzes,
         reference,
+        ticks,
     ):
         module.setup(app)
     sources = [
