@@ -468,6 +468,18 @@ def reached(model):
 check("ch01-gradients", reached)
 
 # %% [markdown]
+# ```{exercise} An experiment: your own lift of the basket
+# :label: ch01-experiment
+# Take the last model that you quantized, at work or from a tutorial, and run the five checks of this
+# chapter on it. Write down beforehand what each will say.
+# ```
+#
+# ```{solution} ch01-experiment
+# :class: dropdown
+# There is no right answer, but there is a test of having understood: for every check that surprised you, you
+# can name the call that did nothing, or the layer that is on no list.
+# ```
+#
 # ## What we saw
 #
 # - The five steps run without an error and end in a good accuracy. It is that of a float model.

@@ -531,6 +531,19 @@ def linear_share(model):
 check("ch02-share", linear_share)
 
 # %% [markdown]
+# ```{exercise} An experiment: how few labels
+# :label: ch02-experiment
+# Take 5, 10 and 20 training images of each class (`first_of_each` from above), and compare the pre-trained start with the
+# fresh one at the better learning rate. From how many labels on does the start no longer matter?
+# ```
+#
+# ```{solution} ch02-experiment
+# :class: dropdown
+# Both have to see as many steps, not as many passes. Compare in pairs on the test images and look at the interval:
+# where it holds zero, the start may still matter, only you cannot see it with this many images. One seed is an anecdote;
+# repeat it with the images drawn anew.
+# ```
+#
 # ## What we saw
 #
 # - Fine-tuning changes the start of training and nothing else. At the recipe's learning rate it

@@ -476,6 +476,18 @@ def predicted(inputs, outputs):
 check("ch03-bytes", predicted)
 
 # %% [markdown]
+# ```{exercise} An experiment: the loudest neighbour that can be borne
+# :label: ch03-experiment
+# Make row 0 of the batch 2, 5, 10 and 100 times as loud, and plot the error of the other rows. Where does it become larger
+# than the error that rounding alone makes? Then give every row a call of its own.
+# ```
+#
+# ```{solution} ch03-experiment
+# :class: dropdown
+# The step grows with the loudest value, so the error of the quiet rows grows with it, until they all round to zero and
+# it can grow no further. Called row by row, a neighbour's loudness no longer reaches them.
+# ```
+#
 # ## What we saw
 #
 # - Dynamic quantization replaces a `Linear` or an `LSTM` by a class that holds int8 weights and

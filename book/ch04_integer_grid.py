@@ -707,6 +707,19 @@ def group_error(weight, group_size):
 check("ch04-groups", group_error)
 
 # %% [markdown]
+# ```{exercise} An experiment: a grid of your own
+# :label: ch04-experiment
+# Invent eight weights for which *three* bits in two groups of four have a smaller error than *four* bits in one group of
+# eight. Count the scales: which of the two takes more bits a weight?
+# ```
+#
+# ```{solution} ch04-experiment
+# :class: dropdown
+# One giant does it: put it into one group of four, and the other four get a step of their own. With float16 scales three bits and
+# half of sixteen cost more than four bits and an eighth of it do: so small a group is dear. Does it also work with
+# groups of 32 and 64?
+# ```
+#
 # ## What we saw
 #
 # - Scale, zero point, rounding and clipping are four small decisions; inside the grid no value

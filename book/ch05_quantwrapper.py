@@ -70,6 +70,7 @@ wrappers = {
     "companion": QuantWrapper(model),
     "upstream": ao.QuantWrapper(model),
 }
+# %%
 with torch.no_grad():
     bare = model(images)
     for name, wrapper in wrappers.items():
@@ -679,6 +680,18 @@ def find(model):
 check("ch05-find", find)
 
 # %% [markdown]
+# ```{exercise} An experiment: how many visitors does the carpenter need?
+# :label: ch05-experiment
+# Calibrate with one batch, two and all four, in several orders each, and write down the chosen end of the first layer's range
+# and the accuracy. How many batches does it take until the order no longer matters?
+# ```
+#
+# ```{solution} ch05-experiment
+# :class: dropdown
+# The end moves by a hundredth of the distance with each further batch, so with four it hardly leaves the first. Whether the
+# accuracy cares is another question: compare the models in pairs, and call a tie a tie.
+# ```
+#
 # ## What we saw
 #
 # - Stubs are marks. Wrapped and not prepared, a model computes exactly what it did before.

@@ -769,6 +769,17 @@ def flips(w, scale, bits, delta):
 check("ch06-latent", flips)
 
 # %% [markdown]
+# ```{exercise} An experiment: when to freeze
+# :label: ch06-experiment
+# Train at two bits, and freeze before step 0, 60, 96 and 119. Which of them ends best on validation? Predict the order first.
+# ```
+#
+# ```{solution} ch06-experiment
+# :class: dropdown
+# What you see depends on the seed, so draw at least three. Frozen from the start the grid is that of the untrained weights; never
+# frozen it still moves in the last step. Where the differences lie inside the intervals, say so.
+# ```
+#
 # ## What we saw
 #
 # - Fake quantization rounds and clips but returns floats; the true gradient of that is zero, so

@@ -74,6 +74,7 @@ def freeze():
             module.eval()
 
 
+# %%
 how = {"steps": 120, "optimizer": sgd, "schedule": "constant"}
 _ = fit(control, task.train, **how, at={96: freeze})
 
@@ -490,6 +491,18 @@ def alone(first, second, labels):
 check("ch07-disagree", alone)
 
 # %% [markdown]
+# ```{exercise} An experiment: your own margin
+# :label: ch07-experiment
+# Before you look: what loss of accuracy would you accept for a file of a quarter of the size? Take that as the margin, and go through
+# the table of verdicts again. Which of them change?
+# ```
+#
+# ```{solution} ch07-experiment
+# :class: dropdown
+# A wider margin turns *undecided* into *equivalent* and never *above* into *below*. If you find yourself choosing the margin after
+# the verdict, you have found out why it is fixed beforehand.
+# ```
+#
 # ## What we saw
 #
 # - A count of hits is an estimate; the Wilson interval, by hand, in the companion and in SciPy, is

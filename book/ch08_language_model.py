@@ -836,6 +836,18 @@ def count(n, size):
 check("ch08-windows", count)
 
 # %% [markdown]
+# ```{exercise} An experiment: text against text
+# :label: ch08-experiment
+# Measure docs-lm on three texts of your own, such as a letter, a page of documentation and a poem, each cut to the same number
+# of characters. Order them by perplexity beforehand, and then by nats a character.
+# ```
+#
+# ```{solution} ch08-experiment
+# :class: dropdown
+# The nearer a text is to docstrings, the lower its loss should be. The two orders may differ: a text of rare words is cut into more
+# tokens, and each of these is easier to guess.
+# ```
+#
 # ## What we saw
 #
 # - Byte-pair encoding merges the most frequent pair again and again; by hand, with the companion and

@@ -98,11 +98,13 @@ def steps_and_scale(w):
     return torch.round(groups * (1 / scale)), scale
 
 
+# %%
 def rounded(w):
     steps, scale = steps_and_scale(w)
     return (steps.clamp(qmin, qmax) * scale).flatten(-2)  # (out, in)
 
 
+# %%
 steps, scale = steps_and_scale(weight)
 print("weight:", tuple(weight.shape), " scales:", tuple(scale.shape))
 for level in range(qmin, qmax + 1):
@@ -812,6 +814,18 @@ def gradient(rounded, bits, ends):
 check("ch10-ste", gradient)
 
 # %% [markdown]
+# ```{exercise} An experiment: another seed, another rate
+# :label: ch10-experiment
+# Run the three arms with seeds 1 and 2, and QAT at half and at twice the learning rate. Does the recovered share leave the interval that
+# this page prints?
+# ```
+#
+# ```{solution} ch10-experiment
+# :class: dropdown
+# The interval on this page knows the documents, not the seed and not the rate. If your shares scatter more widely than it says, you have
+# measured what it leaves out. The control has to be run again with each seed, too.
+# ```
+#
 # ## What we saw
 #
 # - Fake quantization of a layer is a few lines: a scale from the weights, a rounding, and a

@@ -93,6 +93,7 @@ share = {
     key: model_bytes(model) / model_bytes(start)
     for key, model in rounded.items()
 }
+# %%
 print(f"float32: {model_bytes(start) / 1e6:.1f} MB")
 for bits in PRESETS:
     print(
@@ -780,6 +781,18 @@ def widest(megabytes, parameters, group_size):
 check("ch14-budget", widest)
 
 # %% [markdown]
+# ```{exercise} An experiment: find a seventh no
+# :label: ch14-experiment
+# Look for a case of your own in which training under rounding does not pay: another text, another width, another model of your own. Write the
+# margin down before you run it.
+# ```
+#
+# ```{solution} ch14-experiment
+# :class: dropdown
+# A good *no* has a control with as many steps, a rate chosen for either arm, and a paired interval. Without these it says only
+# that it did not work once.
+# ```
+#
 # ## What we saw
 #
 # - Few bits buy bytes, and most when the embedding is rounded as well: four bits everywhere made a

@@ -90,6 +90,7 @@ folder = Path(tempfile.mkdtemp())
 # %%
 teacher = load_pretrained("docs-lm")
 fit(teacher, task.train, steps=45, lr=5e-4, seed=0, progress=False)
+# %%
 student = prepare_qat(teacher, W4, "lsq", embeddings=True)
 fit(
     student,
@@ -985,6 +986,18 @@ def limit_ms(weights, bits, group_size, bandwidth):
 check("ch15-limit", limit_ms)
 
 # %% [markdown]
+# ```{exercise} An experiment: your own machine
+# :label: ch15-experiment
+# Run `companion bench docs-lm` on files of your own export, at level 0 and at level 4, and reckon the limit from the bandwidth of
+# your memory. Which rows are near it?
+# ```
+#
+# ```{solution} ch15-experiment
+# :class: dropdown
+# docs-lm fits into a cache, so its times may lie below the limit that memory sets: that is no mistake, the limit is for weights that have
+# to be fetched. With a larger model the rows in few bits move away from it, as arithmetic begins to count.
+# ```
+#
 # ## What we saw
 #
 # - Four formats write the same integer in four ways: as it is or plus eight, beside its neighbour or

@@ -69,6 +69,7 @@ def gradient(rows):
     return torch.autograd.grad(loss, list(qat.parameters()))
 
 
+# %%
 whole, first, second = gradient(ids), gradient(ids[:1]), gradient(ids[1:])
 parts = [a / 3 + 2 * b / 3 for a, b in zip(first, second, strict=True)]
 print(
@@ -579,6 +580,18 @@ def mean_loss(rows, losses):
 check("ch16-mean", mean_loss)
 
 # %% [markdown]
+# ```{exercise} An experiment: what stays in memory
+# :label: ch16-experiment
+# Run the measurement with 64, 256 and 1,024 tokens. From which length on do the activations, which the sums leave out, outweigh
+# weights, moments and gradients? And with checkpointing?
+# ```
+#
+# ```{solution} ch16-experiment
+# :class: dropdown
+# They grow with the tokens, and the rest does not; so plot the peak against the length and read off where it has doubled.
+# With checkpointing the slope is smaller, and the step takes longer.
+# ```
+#
 # ## What we saw
 #
 # - The same `fit`, started twice, walked the curve of one process, and wrote one file.

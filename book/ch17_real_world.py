@@ -509,6 +509,18 @@ def longer_than(parameters, bits, layers, heads, width):
 check("ch17-cache", longer_than)
 
 # %% [markdown]
+# ```{exercise} An experiment: read a report
+# :label: ch17-experiment
+# Take the newest report on quantization-aware training that you can find, and fill in one row: the float model, the rounded one, the trained one, the
+# control, the number of questions, the scale, and the bill. Which cells stay empty?
+# ```
+#
+# ```{solution} ch17-experiment
+# :class: dropdown
+# Most often the control. Where the number of questions is given, turn the share back into counts, as the chapter on limits does, and see how many
+# questions it rests on.
+# ```
+#
 # ## What we saw
 #
 # - Three calls took docs-lm down the road, and tiny models of three families, equal at each station.
