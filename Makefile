@@ -11,6 +11,9 @@ book: $(READY)   ## set up if needed, then render the course to _build/html
 	$(BIN)/jupyter-book build book/ -W -n --keep-going
 	@echo "Open $(CURDIR)/_build/html/index.html in a browser."
 
+pdf: book        ## the whole book as one file, _build/pdf/few-bits.pdf (needs Chromium)
+	$(BIN)/python -m book._pdf
+
 test: $(READY)   ## set up if needed, then run every check
 	$(BIN)/python -m tests.everything
 
@@ -38,4 +41,4 @@ $(READY): requirements.txt requirements-models.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $(READY)
 
-.PHONY: help book test test-matrix test-executorch lab notebooks clean
+.PHONY: help book pdf test test-matrix lab notebooks clean

@@ -151,6 +151,11 @@ print("learned the task:", result.value >= 0.75)
 # %% [markdown]
 # Five steps done, no error, a good number at the end. Here the source recipe stops.
 #
+# :::{admonition} Before you read on
+# The float file has 44.77 MB, and the second step asked for eight bits instead of thirty-two. How many
+# megabytes do you expect now?
+# :::
+#
 # ## What happened?
 #
 # We lift the basket. Five checks, each of which works on any model.
@@ -394,6 +399,12 @@ print("loss falls:", trained[2] < trained[0])
 # | Training is quantization-aware. | No fake quantization: a float fine-tune, with the same weights as without the recipe. | [](ch06) |
 # | The accuracy at the end shows success. | It is the accuracy of the float model, without an interval and without a comparison. | [](ch07) |
 #
+# ## Quiz
+#
+# ```{quiz} ch01
+# Three questions, each answer explained: they stand in `_quizzes/ch01.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} Count the fake quantizers
@@ -457,6 +468,18 @@ def reached(model):
 check("ch01-gradients", reached)
 
 # %% [markdown]
+# ```{exercise} An experiment: your own lift of the basket
+# :label: ch01-experiment
+# Take the last model that you quantized, at work or from a tutorial, and run the five checks of this
+# chapter on it. Write down beforehand what each will say.
+# ```
+#
+# ```{solution} ch01-experiment
+# :class: dropdown
+# There is no right answer, but there is a test of having understood: for every check that surprised you, you
+# can name the call that did nothing, or the layer that is on no list.
+# ```
+#
 # ## What we saw
 #
 # - The five steps run without an error and end in a good accuracy. It is that of a float model.

@@ -382,6 +382,11 @@ print("fine-tuned above from scratch:", low_rate.difference.low > 0)
 # On the machine that made this page it is {glue:text}`ch02-tuned:.3f` against
 # {glue:text}`ch02-scratch:.3f`, from the same images and the same steps.
 #
+# :::{admonition} Before you read on
+# The next section gives both models a rate twenty times as large. Will the fine-tuned one stay ahead by
+# its ten points, fall back, or gain?
+# :::
+#
 # ### Is it the start, or the learning rate?
 #
 # Before praising the shoes, ask what else could explain the gap. A learning rate this small
@@ -453,6 +458,12 @@ print("from scratch at 0.02 above fine-tuned at 0.001:", ahead)
 # start and train alike and differ only in their integers. But read their accuracies as those of a
 # short, gentle training, not as the best this network can do.
 #
+# ## Quiz
+#
+# ```{quiz} ch02
+# Three questions, each answer explained: they stand in `_quizzes/ch02.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} The first few of each class
@@ -520,6 +531,19 @@ def linear_share(model):
 check("ch02-share", linear_share)
 
 # %% [markdown]
+# ```{exercise} An experiment: how few labels
+# :label: ch02-experiment
+# Take 5, 10 and 20 training images of each class (`first_of_each` from above), and compare the pre-trained start with the
+# fresh one at the better learning rate. From how many labels on does the start no longer matter?
+# ```
+#
+# ```{solution} ch02-experiment
+# :class: dropdown
+# Both have to see as many steps, not as many passes. Compare in pairs on the test images and look at the interval:
+# where it holds zero, the start may still matter, only you cannot see it with this many images. One seed is an anecdote;
+# repeat it with the images drawn anew.
+# ```
+#
 # ## What we saw
 #
 # - Fine-tuning changes the start of training and nothing else. At the recipe's learning rate it

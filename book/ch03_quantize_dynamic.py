@@ -296,6 +296,11 @@ what_changed(layer, quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8))
 #
 # $$ \frac{\text{after}}{\text{before}} \approx \frac{p}{4} + (1 - p) = 1 - \tfrac34\, p . $$
 #
+# :::{admonition} Before you read on
+# An LSTM, two `Linear` layers with a ReLU between them, and a ResNet-18 for a thousand classes. What share
+# of its bytes will each of them keep?
+# :::
+#
 # Three models, from all to hardly any:
 
 # %%
@@ -395,6 +400,12 @@ except NothingToTrain as error:
 # to train *for* the integers needs weights that stay float and only look like integers:
 # {term}`fake quantization`, which [](ch05) inserts into a model.
 #
+# ## Quiz
+#
+# ```{quiz} ch03
+# Three questions, each answer explained: they stand in `_quizzes/ch03.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} Count what stays float
@@ -465,6 +476,18 @@ def predicted(inputs, outputs):
 check("ch03-bytes", predicted)
 
 # %% [markdown]
+# ```{exercise} An experiment: the loudest neighbour that can be borne
+# :label: ch03-experiment
+# Make row 0 of the batch 2, 5, 10 and 100 times as loud, and plot the error of the other rows. Where does it become larger
+# than the error that rounding alone makes? Then give every row a call of its own.
+# ```
+#
+# ```{solution} ch03-experiment
+# :class: dropdown
+# The step grows with the loudest value, so the error of the quiet rows grows with it, until they all round to zero and
+# it can grow no further. Called row by row, a neighbour's loudness no longer reaches them.
+# ```
+#
 # ## What we saw
 #
 # - Dynamic quantization replaces a `Linear` or an `LSTM` by a class that holds int8 weights and

@@ -96,6 +96,11 @@ print(f"largest error, in steps: {((back - w).abs().max() / scale):.3f}")
 # No value is further from home than half a step. Zero comes back as exactly zero, which matters
 # more than it seems: padding and the zeros of a ReLU stay what they are.
 #
+# :::{admonition} Before you read on
+# Now halve the scale, and keep the sixteen integers. What happens to the error of a typical weight, and
+# what to the largest error?
+# :::
+#
 # What happens to a value beyond the end of the grid is the other half of the formula. With a
 # scale half as long, the grid is twice as fine and covers only half of the weights' range; the
 # rest is clipped, and its error has no bound.
@@ -631,6 +636,12 @@ print(f"share of the range kept: {share:.2f}")
 # gradient, and rounding has none: its derivative is zero nearly everywhere. Chapter 6 trains
 # through it ([](ch06)); before that, chapter 5 puts the grid into a network ([](ch05)).
 #
+# ## Quiz
+#
+# ```{quiz} ch04
+# Three questions, each answer explained: they stand in `_quizzes/ch04.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} The step of an asymmetric grid
@@ -696,6 +707,19 @@ def group_error(weight, group_size):
 check("ch04-groups", group_error)
 
 # %% [markdown]
+# ```{exercise} An experiment: a grid of your own
+# :label: ch04-experiment
+# Invent eight weights for which *three* bits in two groups of four have a smaller error than *four* bits in one group of
+# eight. Count the scales: which of the two takes more bits a weight?
+# ```
+#
+# ```{solution} ch04-experiment
+# :class: dropdown
+# One giant does it: put it into one group of four, and the other four get a step of their own. With float16 scales three bits and
+# half of sixteen cost more than four bits and an eighth of it do: so small a group is dear. Does it also work with
+# groups of 32 and 64?
+# ```
+#
 # ## What we saw
 #
 # - Scale, zero point, rounding and clipping are four small decisions; inside the grid no value

@@ -70,6 +70,7 @@ wrappers = {
     "companion": QuantWrapper(model),
     "upstream": ao.QuantWrapper(model),
 }
+# %%
 with torch.no_grad():
     bare = model(images)
     for name, wrapper in wrappers.items():
@@ -456,6 +457,11 @@ print(f"{after / before:.3f} of it")
 # A quarter, and a little more for the scales. In [](ch03) `quantize_dynamic` had left all the
 # convolutions alone.
 #
+# :::{admonition} Before you read on
+# Every weight and every activation is now one of 256 integers at the most. On how many of a hundred test
+# images, would you say, will the two models name different digits?
+# :::
+#
 # ### Does it still recognize digits?
 #
 # Both models answer the same test images, so we compare them pair by pair: the
@@ -599,6 +605,12 @@ print("agree on 90 %:", (answers_turned == answers_int8).mean() >= 0.90)
 # for less. And a model can be trained while it is being watched, so that ranges and weights see
 # each other: that is [](ch06).
 #
+# ## Quiz
+#
+# ```{quiz} ch05
+# Three questions, each answer explained: they stand in `_quizzes/ch05.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} Fold a convolution that has a bias
@@ -668,6 +680,18 @@ def find(model):
 check("ch05-find", find)
 
 # %% [markdown]
+# ```{exercise} An experiment: how many visitors does the carpenter need?
+# :label: ch05-experiment
+# Calibrate with one batch, two and all four, in several orders each, and write down the chosen end of the first layer's range
+# and the accuracy. How many batches does it take until the order no longer matters?
+# ```
+#
+# ```{solution} ch05-experiment
+# :class: dropdown
+# The end moves by a hundredth of the distance with each further batch, so with four it hardly leaves the first. Whether the
+# accuracy cares is another question: compare the models in pairs, and call a tie a tie.
+# ```
+#
 # ## What we saw
 #
 # - Stubs are marks. Wrapped and not prepared, a model computes exactly what it did before.

@@ -481,6 +481,11 @@ glue("ch06-last-loss", float(last), display=False)
 print("loss at least halved:", last < first / 2)
 
 # %% [markdown]
+# :::{admonition} Before you read on
+# The optimizer has moved every hidden weight for 120 steps. Which share of the integers has changed: half
+# of them, a tenth, a hundredth?
+# :::
+#
 # ## The hands and the Head
 #
 # What moved? Every float, a little; and some integers. We compare the integers of the convolutions
@@ -692,6 +697,12 @@ print("fake and converted agree on 99 % or more:", agreement >= 0.99)
 # {glue:text}`ch06-accuracy:.3f`, means little alone: whether training was worth its price, and
 # against what, is the question of [](ch07).
 #
+# ## Quiz
+#
+# ```{quiz} ch06
+# Three questions, each answer explained: they stand in `_quizzes/ch06.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} Who is heard
@@ -758,6 +769,17 @@ def flips(w, scale, bits, delta):
 check("ch06-latent", flips)
 
 # %% [markdown]
+# ```{exercise} An experiment: when to freeze
+# :label: ch06-experiment
+# Train at two bits, and freeze before step 0, 60, 96 and 119. Which of them ends best on validation? Predict the order first.
+# ```
+#
+# ```{solution} ch06-experiment
+# :class: dropdown
+# What you see depends on the seed, so draw at least three. Frozen from the start the grid is that of the untrained weights; never
+# frozen it still moves in the last step. Where the differences lie inside the intervals, say so.
+# ```
+#
 # ## What we saw
 #
 # - Fake quantization rounds and clips but returns floats; the true gradient of that is zero, so

@@ -74,6 +74,7 @@ def freeze():
             module.eval()
 
 
+# %%
 how = {"steps": 120, "optimizer": sgd, "schedule": "constant"}
 _ = fit(control, task.train, **how, at={96: freeze})
 
@@ -234,6 +235,11 @@ print("QAT above PTQ at 2 bits:", gain.low > 0)
 #   (Training under rounding does that anyway, so a fair comparison gives it to the other side, too);
 # - *searched*: the same, and for each channel the range that rounds its weights with the smallest
 #   squared error.
+#
+# :::{admonition} Before you read on
+# Three widths, and every arm at the better of two learning rates. At which of 8, 4 and 2 bits do you expect
+# training under rounding to be ahead of the most careful rounding afterwards?
+# :::
 #
 # In the companion the two are switches of one call,
 # `calibrate(loader, batch_norm=True, search=True)`. Every prediction is stored, so that any two arms
@@ -417,6 +423,12 @@ bars(times, xlabel="milliseconds for a forward pass")
 # - **Know the road's end.** Its API is deprecated, it stores no weight of a convolution in less than
 #   a byte, and it knows convolutions rather than language models. That is where the next part begins.
 #
+# ## Quiz
+#
+# ```{quiz} ch07
+# Three questions, each answer explained: they stand in `_quizzes/ch07.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} The interval from a count
@@ -479,6 +491,18 @@ def alone(first, second, labels):
 check("ch07-disagree", alone)
 
 # %% [markdown]
+# ```{exercise} An experiment: your own margin
+# :label: ch07-experiment
+# Before you look: what loss of accuracy would you accept for a file of a quarter of the size? Take that as the margin, and go through
+# the table of verdicts again. Which of them change?
+# ```
+#
+# ```{solution} ch07-experiment
+# :class: dropdown
+# A wider margin turns *undecided* into *equivalent* and never *above* into *below*. If you find yourself choosing the margin after
+# the verdict, you have found out why it is fixed beforehand.
+# ```
+#
 # ## What we saw
 #
 # - A count of hits is an estimate; the Wilson interval, by hand, in the companion and in SciPy, is

@@ -421,6 +421,11 @@ print("every thousand steps better than before:", better)
 print("best at the end:", min(losses) == losses[-1])
 
 # %% [markdown]
+# :::{admonition} Before you read on
+# Next comes another text, the language reference. The trigram may count its training part; docs-lm has
+# never read a line of it. Who will predict the test part better?
+# :::
+#
 # ## A text it has never seen
 #
 # Now the language reference. It is English about Python too, but other English: a grammar and its
@@ -764,6 +769,12 @@ history = fit(mine, own.train, steps=10, lr=5e-4)
 print("learns it:", perplexity(mine, own.test).value < result.value)
 
 # %% [markdown]
+# ## Quiz
+#
+# ```{quiz} ch08
+# Three questions, each answer explained: they stand in `_quizzes/ch08.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} From probabilities to perplexity
@@ -825,6 +836,18 @@ def count(n, size):
 check("ch08-windows", count)
 
 # %% [markdown]
+# ```{exercise} An experiment: text against text
+# :label: ch08-experiment
+# Measure docs-lm on three texts of your own, such as a letter, a page of documentation and a poem, each cut to the same number
+# of characters. Order them by perplexity beforehand, and then by nats a character.
+# ```
+#
+# ```{solution} ch08-experiment
+# :class: dropdown
+# The nearer a text is to docstrings, the lower its loss should be. The two orders may differ: a text of rare words is cut into more
+# tokens, and each of these is easier to guess.
+# ```
+#
 # ## What we saw
 #
 # - Byte-pair encoding merges the most frequent pair again and again; by hand, with the companion and

@@ -1231,6 +1231,12 @@ with torch.no_grad():
 # model to a runtime that has such kernels, in a later chapter. The exception is W8A8, whose kernel
 # we used above.
 #
+# ## Quiz
+#
+# ```{quiz} ch09
+# Three questions, each answer explained: they stand in `_quizzes/ch09.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} What does a weight cost?
@@ -1291,6 +1297,18 @@ def two_in_a_byte(first, second):
 check("ch09-pack", two_in_a_byte)
 
 # %% [markdown]
+# ```{exercise} An experiment: spend the good tin
+# :label: ch09-experiment
+# Two bits for all layers of docs-lm but three, which you may choose and which stay in floating point. How much of the damage can you save,
+# and is it what the list of single damages promised?
+# ```
+#
+# ```{solution} ch09-experiment
+# :class: dropdown
+# Choose on validation and measure on test. Single damages add up only roughly, so the three worst need not be the best three to
+# spare. Compare what you saved with what the same bytes would buy as a third bit for everybody.
+# ```
+#
 # ## What we saw
 #
 # - Rounding by hand, `convert(prepare_qat(model, W4, "absmax"))` and torch's operator on the grouped view

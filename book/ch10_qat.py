@@ -98,11 +98,13 @@ def steps_and_scale(w):
     return torch.round(groups * (1 / scale)), scale
 
 
+# %%
 def rounded(w):
     steps, scale = steps_and_scale(w)
     return (steps.clamp(qmin, qmax) * scale).flatten(-2)  # (out, in)
 
 
+# %%
 steps, scale = steps_and_scale(weight)
 print("weight:", tuple(weight.shape), " scales:", tuple(scale.shape))
 for level in range(qmin, qmax + 1):
@@ -318,6 +320,11 @@ curves(
 )
 
 # %% [markdown]
+# :::{admonition} Before you read on
+# Fine-tuning has made the float model better. Round the fine-tuned model to two bits: will it then be
+# better or worse than the model as it came, in floating point?
+# :::
+#
 # The third arm costs no training: the control, rounded to nearest. And two more for orientation,
 # the model as it came and that model rounded.
 
@@ -736,6 +743,12 @@ print("training turned the vectors back:  ", gain.low > 0.1)
 # save_quantized(convert(qat), "your-model-4bit")
 # ```
 #
+# ## Quiz
+#
+# ```{quiz} ch10
+# Three questions, each answer explained: they stand in `_quizzes/ch10.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} The share, from perplexities
@@ -801,6 +814,18 @@ def gradient(rounded, bits, ends):
 check("ch10-ste", gradient)
 
 # %% [markdown]
+# ```{exercise} An experiment: another seed, another rate
+# :label: ch10-experiment
+# Run the three arms with seeds 1 and 2, and QAT at half and at twice the learning rate. Does the recovered share leave the interval that
+# this page prints?
+# ```
+#
+# ```{solution} ch10-experiment
+# :class: dropdown
+# The interval on this page knows the documents, not the seed and not the rate. If your shares scatter more widely than it says, you have
+# measured what it leaves out. The control has to be run again with each seed, too.
+# ```
+#
 # ## What we saw
 #
 # - Fake quantization of a layer is a few lines: a scale from the weights, a rounding, and a

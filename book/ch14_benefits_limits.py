@@ -93,6 +93,7 @@ share = {
     key: model_bytes(model) / model_bytes(start)
     for key, model in rounded.items()
 }
+# %%
 print(f"float32: {model_bytes(start) / 1e6:.1f} MB")
 for bits in PRESETS:
     print(
@@ -240,6 +241,11 @@ print(
 # nothing. With one range for all inputs of a layer docs-lm lost two hundredths of a nat in [](ch09),
 # which is little and clearly more than nothing; SmolLM2, whose loudest channels stretch the range of
 # all others, lost more than a nat.)
+#
+# :::{admonition} Before you read on
+# Two bits and five training steps. Will the model that spends them under rounding end ahead of the float
+# model that spends them and is rounded to nearest afterwards? And if GPTQ rounds that one?
+# :::
 #
 # ### 2 · Too few steps
 #
@@ -692,6 +698,12 @@ print(
 # So take the order of the questions from here, and the answers from a measurement of your own. It
 # takes three arms and a paired difference.
 #
+# ## Quiz
+#
+# ```{quiz} ch14
+# Three questions, each answer explained: they stand in `_quizzes/ch14.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} How many questions would do?
@@ -769,6 +781,18 @@ def widest(megabytes, parameters, group_size):
 check("ch14-budget", widest)
 
 # %% [markdown]
+# ```{exercise} An experiment: find a seventh no
+# :label: ch14-experiment
+# Look for a case of your own in which training under rounding does not pay: another text, another width, another model of your own. Write the
+# margin down before you run it.
+# ```
+#
+# ```{solution} ch14-experiment
+# :class: dropdown
+# A good *no* has a control with as many steps, a rate chosen for either arm, and a paired interval. Without these it says only
+# that it did not work once.
+# ```
+#
 # ## What we saw
 #
 # - Few bits buy bytes, and most when the embedding is rounded as well: four bits everywhere made a

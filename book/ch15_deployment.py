@@ -90,6 +90,7 @@ folder = Path(tempfile.mkdtemp())
 # %%
 teacher = load_pretrained("docs-lm")
 fit(teacher, task.train, steps=45, lr=5e-4, seed=0, progress=False)
+# %%
 student = prepare_qat(teacher, W4, "lsq", embeddings=True)
 fit(
     student,
@@ -315,6 +316,11 @@ print(
 )
 
 # %% [markdown]
+# :::{admonition} Before you read on
+# The four files hold the same integers. In which of them will the logits be furthest from those of the
+# model that was trained, and what could move them at all?
+# :::
+#
 # ## The same model?
 #
 # Equal integers are necessary, not sufficient: the graph around them has to be right as well. So each
@@ -914,6 +920,12 @@ print("the same 20 tokens:", ours == theirs[0, prompt.shape[1] :].tolist())
 # companion bench docs-lm served/model.onnx served/model.gguf
 # ```
 #
+# ## Quiz
+#
+# ```{quiz} ch15
+# Three questions, each answer explained: they stand in `_quizzes/ch15.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} Unsigned, and still right
@@ -974,6 +986,18 @@ def limit_ms(weights, bits, group_size, bandwidth):
 check("ch15-limit", limit_ms)
 
 # %% [markdown]
+# ```{exercise} An experiment: your own machine
+# :label: ch15-experiment
+# Run `companion bench docs-lm` on files of your own export, at level 0 and at level 4, and reckon the limit from the bandwidth of
+# your memory. Which rows are near it?
+# ```
+#
+# ```{solution} ch15-experiment
+# :class: dropdown
+# docs-lm fits into a cache, so its times may lie below the limit that memory sets: that is no mistake, the limit is for weights that have
+# to be fetched. With a larger model the rows in few bits move away from it, as arithmetic begins to count.
+# ```
+#
 # ## What we saw
 #
 # - Four formats write the same integer in four ways: as it is or plus eight, beside its neighbour or

@@ -69,6 +69,7 @@ def gradient(rows):
     return torch.autograd.grad(loss, list(qat.parameters()))
 
 
+# %%
 whole, first, second = gradient(ids), gradient(ids[:1]), gradient(ids[1:])
 parts = [a / 3 + 2 * b / 3 for a, b in zip(first, second, strict=True)]
 print(
@@ -200,6 +201,11 @@ print("a fiftieth of the rounding, or less:", (error < 0.02).item())
 # | weight | 4 | always |
 # | two moments | 8 | from the first step on |
 # | gradient | 4 | from the backward pass to the step |
+#
+# :::{admonition} Before you read on
+# Sixteen bytes, then, in floating point. How many more does a parameter take that is rounded while it
+# trains, at the fullest moment?
+# :::
 #
 # And the rounding? The matrix multiplication needs the *rounded* weight again for its own backward
 # pass, and a learned step also needs to know what was clipped and by how much. Fake quantization as
@@ -506,6 +512,12 @@ stacked_bars(small, xlabel="gigabytes at the peak, a billion parameters")
 # - Curves on a CPU and on a GPU differ after some steps, and CUDA's default kernels may add up in another
 #   order each time.
 #
+# ## Quiz
+#
+# ```{quiz} ch16
+# Three questions, each answer explained: they stand in `_quizzes/ch16.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} How many cards?
@@ -568,6 +580,18 @@ def mean_loss(rows, losses):
 check("ch16-mean", mean_loss)
 
 # %% [markdown]
+# ```{exercise} An experiment: what stays in memory
+# :label: ch16-experiment
+# Run the measurement with 64, 256 and 1,024 tokens. From which length on do the activations, which the sums leave out, outweigh
+# weights, moments and gradients? And with checkpointing?
+# ```
+#
+# ```{solution} ch16-experiment
+# :class: dropdown
+# They grow with the tokens, and the rest does not; so plot the peak against the length and read off where it has doubled.
+# With checkpointing the slope is smaller, and the step takes longer.
+# ```
+#
 # ## What we saw
 #
 # - The same `fit`, started twice, walked the curve of one process, and wrote one file.

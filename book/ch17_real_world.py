@@ -199,6 +199,11 @@ for layer, reason in report.skipped.items():
 # %% [markdown]
 # ## What others found
 #
+# :::{admonition} Before you read on
+# Thirteen published comparisons, from 1 to 8 billion parameters. What is the smallest share of the damage
+# that came back in them, and what the largest?
+# :::
+#
 # Four things make a report of QAT worth something: the float model, the model rounded *without* training,
 # the trained one, and a float control that was trained as long. Most give three. What we read of them
 # stands in `book/case_studies.json`, each figure with the place where it is printed (the report on
@@ -435,6 +440,12 @@ print(
 # %% [markdown]
 # [](torchao-mapping) translates name by name.
 #
+# ## Quiz
+#
+# ```{quiz} ch17
+# Three questions, each answer explained: they stand in `_quizzes/ch17.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} Recovered, of what?
@@ -498,6 +509,18 @@ def longer_than(parameters, bits, layers, heads, width):
 check("ch17-cache", longer_than)
 
 # %% [markdown]
+# ```{exercise} An experiment: read a report
+# :label: ch17-experiment
+# Take the newest report on quantization-aware training that you can find, and fill in one row: the float model, the rounded one, the trained one, the
+# control, the number of questions, the scale, and the bill. Which cells stay empty?
+# ```
+#
+# ```{solution} ch17-experiment
+# :class: dropdown
+# Most often the control. Where the number of questions is given, turn the share back into counts, as the chapter on limits does, and see how many
+# questions it rests on.
+# ```
+#
 # ## What we saw
 #
 # - Three calls took docs-lm down the road, and tiny models of three families, equal at each station.

@@ -86,7 +86,7 @@ def test_named_files_exist_and_chapters_are_listed():
 def test_make_targets_are_the_documented_ones():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z]+):.*##", makefile, flags=re.M))
-    assert targets == {"help", "book", "test", "lab", "notebooks", "clean"}
+    assert targets == {"help", "book", "pdf", "test", "lab", "notebooks", "clean"}
     for target in re.findall(r"`make (\w+)`", README):
         assert target in targets
 

@@ -26,7 +26,6 @@ DRAWINGS = {
     "paired-difference": language.paired_difference,
     "perplexity": language.perplexity,
     "recovered-share": language.recovered_share,
-    "masked-prompt": language.masked_prompt,
     "learned-step": methods.learned_step,
     "teacher-student": methods.teacher_student,
     "lora": methods.lora,

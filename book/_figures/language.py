@@ -132,38 +132,3 @@ def recovered_share() -> str:
     parts.append(text(220, 292, "still missing", size=SMALL, fill="red"))
     parts.append(lines(LEFT, 386, ["recovered share =", "taken back / (taken back + still missing)"], size=SMALL))  # fmt: skip
     return picture(["What QAT is worth is its part", "of the way back to float"], 416, *parts)  # fmt: skip
-
-
-def masked_prompt() -> str:
-    """Draw a chat as tokens: those of the prompt carry no label, those of the answer do."""
-    parts = []
-    rows = [
-        [("user", 0), ("What", 0), ("is", 0), ("the", 0)],
-        [("capital", 0), ("of", 0), ("France", 0), ("?", 0)],
-        [("assistant", 0), ("Paris", 1), (".", 1), ("end", 1)],
-    ]
-    for row, tokens in enumerate(rows):
-        y, x = 96 * row, float(LEFT)
-        widths = {"user": 78, "What": 84, "is": 60, "the": 70, "capital": 106, "of": 60,
-                  "France": 100, "?": 46, "assistant": 122, "Paris": 92, ".": 46, "end": 74}  # fmt: skip
-        for token, scored in tokens:
-            wide = widths[token]
-            parts.append(brick(x, y, wide, 44, token, fill="brick" if scored else "idle", stroke="mortar" if scored else "rule", bold=bool(scored), weight=2 if scored else 1.5))  # fmt: skip
-            label = token if scored else "−100"
-            parts.append(text(x + wide / 2, y + 66, label, size=SMALL, anchor="middle", fill="red" if scored else "muted"))  # fmt: skip
-            x += wide + 8
-    parts.append(line(LEFT, 288, RIGHT, 288, weight=1))
-    parts.append(brick(LEFT, 306, 30, 24, fill="idle", stroke="rule"))
-    parts.append(
-        text(LEFT + 42, 324, "read, not scored: label −100", size=SMALL)
-    )
-    parts.append(brick(LEFT, 340, 30, 24, weight=2))
-    parts.append(
-        text(
-            LEFT + 42,
-            358,
-            "scored: its label is the token itself",
-            size=SMALL,
-        )
-    )
-    return picture(["The model reads everything", "and is scored on the answer"], 368, *parts)  # fmt: skip

@@ -12,7 +12,6 @@ from tests.book.notebooks import BOOK, from_source, sources
 
 SVG = "{http://www.w3.org/2000/svg}"
 NARROWEST = 374  # px that a phone of 390 gives a picture
-AWAITED = {"masked-prompt"}  # drawn for a chapter that is still being written
 FIGURES = [
     re.compile(pattern, flags=re.S)
     for pattern in (
@@ -64,10 +63,7 @@ def test_what_no_function_draws_any_more_is_removed(tmp_path):
 
 
 def test_every_picture_is_shown(name):
-    pages = [page for page, use in USES if use["name"] == name]
-    if name in AWAITED and not pages:
-        pytest.skip("its chapter is still being written")
-    assert pages
+    assert [page for page, use in USES if use["name"] == name]
 
 
 def test_no_use_is_written_in_another_way():

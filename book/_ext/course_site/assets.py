@@ -47,6 +47,7 @@ WHERE = {  # what is loaded only by pages whose body has the text
     "exercise.css": "admonition",
     "copybutton": "highlight",
     "clipboard": "highlight",
+    "quiz": 'class="quiz"',
 }
 ICON_RULES = """\
 :root{--fa-font-solid:normal 900 1em/1 "Font Awesome 6 Free";\

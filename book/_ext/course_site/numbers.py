@@ -91,7 +91,8 @@ def number_titles(
 ) -> None:
     """Number the page's title, and those of the pages before and after."""
     number = chapter_number(app.env, pagename)
-    if number is not None:
+    shown = re.sub("<[^>]*>", "", context.get("title", ""))
+    if number is not None and not shown.startswith(f"{number} · "):
         context["title"] = f"{number} · {context['title']}"
     names = app.env.found_docs
     for side, step in (("prev", 1), ("next", 2)):
