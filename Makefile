@@ -14,10 +14,6 @@ book: $(READY)   ## set up if needed, then render the course to _build/html
 test: $(READY)   ## set up if needed, then run every check
 	$(BIN)/python -m tests.everything
 
-test-executorch: $(READY)  ## install ExecuTorch beside the rest and run what `make test` skips without it
-	$(BIN)/pip install --quiet --no-deps --requirement requirements-executorch.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/formats/test_executorch.py companion/formats/executorch.py
-
 lab: $(READY)    ## open the notebooks in JupyterLab, with progress bars
 	$(BIN)/jupyter lab book
 
@@ -35,4 +31,4 @@ $(READY): requirements.txt requirements-models.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $(READY)
 
-.PHONY: help book test test-executorch lab notebooks clean
+.PHONY: help book test lab notebooks clean
