@@ -86,7 +86,7 @@ def finetune(
     model: Model = "docs-lm",
     task: TaskName = "language-reference",
     scheme: Annotated[list[str], typer.Option(
-        help="W4, W3, W2 (groups of 32), W4-g64, W2-row, W4A8, W8A8; may be repeated.")] = ["W4", "W2"],  # noqa: B006
+        help="W4, W3, W2 (groups of 32), W4-g64, W2-row, W4A8, W8A8, W4-bf16 (for phones); may be repeated.")] = ["W4", "W2"],  # noqa: B006
     method: Annotated[list[str], typer.Option(
         help="default, lsq, mse, absmax, lora, gptq, blockwise, ...; may be repeated.")] = ["default"],  # noqa: B006
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every arm.")] = 200,
