@@ -121,7 +121,7 @@ def main() -> None:
                 write_atomically(file, lambda partial, text=text: partial.write_text(text))
                 print(key, record["integers"], record["scales"], record["within"], flush=True)
     records = [json.loads(file.read_text()) for file in keys if file.exists()]
-    print(write_results("ways_out", records, tokens=TOKENS, more=MORE))
+    print(write_results("ways_out", records, tokens=TOKENS, generated=MORE))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,10 @@ def test_what_was_exported_is_talked_to_and_measured_like_a_folder(folder, form)
 
     answer = heard(NAMES[form])
     assert answer.strip()
-    if form not in ("gguf", "executorch"):  # whose inputs are rounded, which moves what this wild model says
+    if form not in (
+        "gguf",
+        "executorch",
+    ):  # whose inputs are rounded, which moves what this wild model says
         assert answer == heard("w4")
     losses = [float(run("evaluate", folder / name, "--task", folder / "notes.txt", "--block-size", 8)
                     .stdout.split()[1]) for name in ("w4", NAMES[form])]  # fmt: skip
