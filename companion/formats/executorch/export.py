@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from companion.errors import UnsupportedModel, WrongStage, extra
 from companion.files import write_atomically
-from companion.formats.executorch.stored import TOLD, named
+from companion.formats.executorch.stored import TOLD, named, silent
 from companion.formats.onnx.graphs import STAY, Graph, graph_of
 from companion.formats.torchao import to_torchao
 from companion.numerics.packing import pack, unpack
@@ -114,7 +114,7 @@ def export_executorch(
     (torch.Size([8, 64]), True)
     """
     served = as_served(model, scales=scales)
-    with extra("executorch"):
+    with extra("executorch"), silent():
         import executorch.kernels.quantized  # registers what looks rows up
         import executorch.runtime  # noqa: F401
     name = type(model).__name__
@@ -365,7 +365,8 @@ def _run_once(file: Path, inputs: tuple[Tensor, ...], name: str) -> None:
     from executorch.runtime import Runtime
 
     try:
-        Runtime.get().load_program(file).load_method("forward").execute(list(inputs))
+        with silent():
+            Runtime.get().load_program(file).load_method("forward").execute(list(inputs))
     except Exception as error:
         reason = shorten(str(error), 160, placeholder=" ...").rstrip(".")
         raise UnsupportedModel(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from companion.errors import DamagedFile, UnreadableBatch, extra
 from companion.evaluation.forward import refuse
-from companion.formats.executorch.stored import TOLD
+from companion.formats.executorch.stored import TOLD, silent
 from companion.formats.onnx.model import Output, TextModel, described
 from companion.formats.served import first_line
 
@@ -47,14 +47,15 @@ class ExecuTorchModel(TextModel):
         super().__init__()
         if not Path(path).is_file():
             raise DamagedFile(f"{path} is missing: give the file that export_executorch() wrote")
-        with extra("executorch"):
+        with extra("executorch"), silent():
             import executorch.kernels.quantized  # noqa: F401  registers what looks rows up
             from executorch.runtime import Runtime
         try:
-            self._program = Runtime.get().load_program(Path(path))  # has to outlive its method
-            names = self._program.method_names
-            told = self._program.load_method(TOLD).execute([])[0] if TOLD in names else None
-            self._method = self._program.load_method("forward")
+            with silent():
+                self._program = Runtime.get().load_program(Path(path))  # has to outlive its method
+                names = self._program.method_names
+                told = self._program.load_method(TOLD).execute([])[0] if TOLD in names else None
+                self._method = self._program.load_method("forward")
         except Exception as error:
             raise DamagedFile(
                 f"{path} cannot be read ({first_line(error)}): export it again"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,27 @@ TOLD = "companion"
 """The file's method that gives, in JSON, what `export_executorch` says of it."""
 ROWS = "quantized_decomposed::embedding_"
 """How the operators begin that look rows of integers up."""
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep off the screen what ExecuTorch's own code says of the processor as it is loaded.
+
+    It writes to the process's standard error, past Python's.
+
+    Examples
+    --------
+    >>> with silent():
+    ...     _ = os.write(2, b"unheard")
+    """
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def named(model: nn.Module) -> dict[str, list[str]]:
