@@ -668,7 +668,7 @@ fresh = LlamaForCausalLM(
         num_attention_heads=4,
     )
 ).eval()
-light = convert(prepare_qat(fresh, pocket, "absmax", embeddings=True))
+light = convert(prepare_qat(fresh, pocket, "absmax"))
 pte = export_executorch(light, folder / "light.pte", max_length=32)
 
 found = read_executorch(pte, light)
@@ -685,10 +685,7 @@ print("of all:", report.integers, "and scales:", report.scales)
 
 # %% [markdown]
 # Its logits are to be compared with the right model. `as_served` copies ours and rounds the inputs of its
-# layers as XNNPACK does. Margin: at least half of the tokens are away by less than a tenth of what that
-# rounding changes at all. (Our first margin asked it of all tokens together, and was not kept. An input may
-# lie so close to the middle between two integers that the last bit of a sum decides which of them it
-# becomes. Then that token moves as far as rounding moves any.)
+# layers as XNNPACK does. Margin, fixed beforehand: a tenth of what that rounding changes at all.
 
 # %%
 ids = torch.arange(5, 29)[None]
@@ -696,13 +693,17 @@ with torch.no_grad():
     plain, alike = light(ids).logits, as_served(light)(ids).logits
     phone = ExecuTorchModel(pte)(ids).logits
 moved = (plain - alike).abs().mean()
-away = (phone - alike).abs().mean(-1)  # of each token
+away = (phone - alike).abs().mean()
 print("rounding inputs moves the logits:", bool(moved > 1e-5))
-print(
-    "half of the tokens within a tenth:", bool(away.median() < moved / 10)
-)
+print("the file is within a tenth of that:", bool(away < moved / 10))
 
 # %% [markdown]
+# The embedding is left in floating point here, and for a reason. With a rounded one this margin was not kept:
+# some of its rows have a largest and a smallest weight that are exactly opposite. Then the zero of the inputs
+# falls in the middle between two integers, the last bit of a division decides which of them it becomes, and
+# XNNPACK may decide otherwise than PyTorch. Such a token is rounded on another grid, as fine as the first, and
+# whatever attends to it moves along. Nothing is wrong with either; but do not expect equal digits there.
+#
 # Take this road where the model has to run without Python, on a phone or smaller. Train for it:
 # `QuantScheme(4, 32, torch.bfloat16)` with `method="absmax"`, or with inputs rounded in sight, as `W4A8`
 # does. Elsewhere the other four ask for less. (We ran the file here with ExecuTorch's own runtime, on this

@@ -62,8 +62,9 @@ def export_executorch(
     The integers are those of `convert`. Weights of up to 4 bits are stored in 4, others in 8.
     XNNPACK always rounds the inputs of such layers to 8 bits by tokens, as ``W4A8`` trains it; of a
     model that was trained with weights only, `as_served` computes here what the file will. The two
-    agree to the last digits, but where an input lies between two integers so closely that a last bit
-    decides: there a token's logits differ as much as rounding the inputs changes them.
+    agree to the last digits, but where a last bit decides a rounding. That happens to whole tokens whose
+    largest and smallest input are exactly opposite, as in rows of a rounded embedding: their zero point lies
+    between two integers, and they, and what attends to them, differ as much as rounding inputs changes at all.
 
     The file's method ``forward`` takes, for a decoder, ``input_ids`` of shape (1, n) and
     ``positions`` of shape (n,), both int64, and gives logits of shape (1, n, vocabulary). It keeps keys

@@ -20,15 +20,19 @@ IDS = torch.tensor([[5, 9, 40, 7, 12, 100], [8, 3, 77, 21, 4, 6]])
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A model of one layer, the one with inputs rounded as served, and the file."""
-    q = convert(prepare_qat(tiny.llama(tiny.byte_level()), GROUPS, "absmax", embeddings=True))
+    """A model of one layer, the one with inputs rounded as served, and the file.
+
+    Its embedding is not rounded. In a rounded row the largest and the smallest value may be exactly opposite;
+    then the zero point lies between two integers, and a last bit decides for the whole token.
+    """
+    q = convert(prepare_qat(tiny.llama(tiny.byte_level()), GROUPS, "absmax"))
     file = export_executorch(q, tmp_path_factory.mktemp("pte") / "llama.pte", max_length=16)
     return q, as_served(q), ExecuTorchModel(file), file
 
 
 @torch.no_grad()
 def test_padding_on_either_side_changes_nothing(llama):
-    """Float sums in another order: but for a rounding that they turn, far below what it changes."""
+    """Float sums in another order are far below what rounding the inputs changes."""
     q, alike, served, _ = llama
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
     found = served(input_ids=IDS, attention_mask=mask).logits
@@ -36,7 +40,7 @@ def test_padding_on_either_side_changes_nothing(llama):
     for row in range(2):
         kept = mask[row].bool()
         wanted = alike(IDS[row : row + 1, kept]).logits[0]
-        assert (found[row, kept] - wanted).abs().mean(-1).median() < margin
+        assert (found[row, kept] - wanted).abs().mean() < margin
     assert served.vocabulary == found.shape[-1] == q.config.vocab_size
 
 
