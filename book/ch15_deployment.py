@@ -709,11 +709,12 @@ print("the file is within a tenth of that:", bool(away < moved / 10))
 # does. Elsewhere the other four ask for less. (We ran the file here with ExecuTorch's own runtime, on this
 # processor. A phone we have not held in our hands.)
 #
-# ## Two models through five formats
+# ## One model through five formats
 #
 # Does this hold beyond a small example? The benchmark sends docs-lm and SmolLM2-135M, at four and at two
 # bits, through every format and its engine. One converted model each time, all of its matrices rounded to
-# nearest, with scales in bfloat16, which all five formats can hold.
+# nearest, with scales in bfloat16, which all five formats can hold. The table has what is measured so far;
+# SmolLM2's rows are not among it, and the command adds those that are missing.
 #
 # ```
 # python -m benchmarks.ways_out

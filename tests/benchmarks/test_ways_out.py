@@ -16,10 +16,18 @@ RECORDS = {(r["model"], r["scheme"], r["format"]): r for r in CONTENT["records"]
 CHAPTER = (Path(__file__).parents[2] / "book" / "ch15_deployment.py").read_text()
 
 
-def test_every_format_has_every_model_and_scheme():
-    assert RECORDS.keys() == {
-        (name, scheme_name(scheme), form) for name in MODELS for scheme in SCHEMES for form in FORMATS
-    }  # fmt: skip
+def test_every_format_was_measured():
+    """The benchmark goes on where the file ends: it may lack models or schemes, but no format."""
+    every = {
+        (name, scheme_name(scheme), form)
+        for name in MODELS
+        for scheme in SCHEMES
+        for form in FORMATS
+    }
+    assert RECORDS.keys() <= every
+    assert {
+        key for key in every if key[:2] == ("docs-lm", scheme_name(SCHEMES[0]))
+    } <= RECORDS.keys()
     assert KINDS.keys() == FORMATS.keys()
 
 
