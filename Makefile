@@ -20,10 +20,6 @@ test: $(READY)   ## set up if needed, then run every check
 test-matrix: $(READY)  ## every notebook under 1, 2 and 4 threads and three widths of vectors (hours, resumable)
 	$(BIN)/python -m tests.matrix
 
-test-executorch: $(READY)  ## install ExecuTorch beside the rest and run what `make test` skips without it
-	$(BIN)/pip install --quiet --no-deps --requirement requirements-executorch.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/formats/test_executorch.py companion/formats/executorch.py
-
 lab: $(READY)    ## open the notebooks in JupyterLab, with progress bars
 	$(BIN)/jupyter lab book
 

@@ -295,7 +295,7 @@ print(f"of perplexity {qwen['recovered']:.0%}, of nats {share:.0%}")
 #
 # `to_torchao` makes PyTorch's own layers with torchao's tensors, our integers and scales in them. From
 # there the model needs no companion, and `torch.export` takes it, as our tests check. It is one road of
-# several. Those to ONNX Runtime, to llama.cpp and to the format that vLLM loads were walked in [](ch15),
+# several. Those to ONNX Runtime, llama.cpp and ExecuTorch and to the format that vLLM loads were walked in [](ch15),
 # each with the same integers; vLLM itself we have not run. Where an engine wants positive scales, a model
 # prepared with `method="absmax"` has only such.
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from companion.evaluation.cost import latency, model_bytes
     from companion.evaluation.estimates import Estimate, accuracy
     from companion.evaluation.language import perplexity, recovery
+    from companion.formats.compressed_tensors import export_compressed_tensors
+    from companion.formats.executorch.export import export_executorch
+    from companion.formats.gguf import export_gguf
     from companion.formats.hub import load_quantized, save_quantized
     from companion.formats.onnx.export import export_onnx
     from companion.formats.torchao import to_torchao
@@ -36,6 +39,9 @@ _HOME = {
     "evaluation.cost": ("latency", "model_bytes"),
     "evaluation.estimates": ("Estimate", "accuracy"),
     "evaluation.language": ("perplexity", "recovery"),
+    "formats.compressed_tensors": ("export_compressed_tensors",),
+    "formats.executorch.export": ("export_executorch",),
+    "formats.gguf": ("export_gguf",),
     "formats.hub": ("load_quantized", "save_quantized"),
     "formats.onnx.export": ("export_onnx",),
     "formats.torchao": ("to_torchao",),
@@ -66,6 +72,9 @@ __all__ = [
     "compare",
     "convert",
     "dequantize",
+    "export_compressed_tensors",
+    "export_executorch",
+    "export_gguf",
     "export_onnx",
     "fake_quantize",
     "fit",

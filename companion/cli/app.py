@@ -86,7 +86,7 @@ def finetune(
     model: Model = "docs-lm",
     task: TaskName = "language-reference",
     scheme: Annotated[list[str], typer.Option(
-        help="W4, W3, W2 (groups of 32), W4-g64, W2-row, W4A8, W8A8; may be repeated.")] = ["W4", "W2"],  # noqa: B006
+        help="W4, W3, W2 (groups of 32), W4-g64, W2-row, W4A8, W8A8, W4-bf16 (for phones); may be repeated.")] = ["W4", "W2"],  # noqa: B006
     method: Annotated[list[str], typer.Option(
         help="default, lsq, mse, absmax, lora, gptq, blockwise, ...; may be repeated.")] = ["default"],  # noqa: B006
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every arm.")] = 200,
@@ -171,18 +171,24 @@ def evaluate(
 def export(
     model: Model,
     path: Annotated[Path, typer.Argument(
-        help="What to write, such as served/model.onnx, served/model.gguf or, with --format, a folder.")],
+        help="What to write, such as served/model.onnx, served/model.gguf, served/model.pte or, with "
+             "--format, a folder.")],
     format: Annotated[str, typer.Option(
-        help="auto goes by the ending; companion, compressed-tensors, onnx or gguf.")] = "auto",
+        help="auto goes by the ending; companion, compressed-tensors, onnx, gguf or executorch.")] = "auto",
     accuracy_level: Annotated[int, typer.Option(
         min=0, max=4, help="Of ONNX files: 0 computes in float32, 4 rounds inputs to 8 bits: faster "
                            "tokens, slower prompts.")] = 4,
     zero_points: Annotated[bool, typer.Option("--zero-points", help="Of compressed-tensors: allow "
                            "them where a negative scale can be turned in no other way.")] = False,
+    scales: Annotated[str, typer.Option(help="Of ExecuTorch, whose kernels take scales in bfloat16 only: "
+                                        "exact refuses others, bfloat16 rounds them.")] = "exact",
+    max_length: Annotated[int | None, typer.Option(
+        min=4, show_default="512, or what the model takes",
+        help="Of ExecuTorch: most tokens of a text, for which memory is kept.")] = None,
 ) -> None:  # fmt: skip
     """Write a quantized model for another engine, in the format that the name's ending says.
 
-    ONNX Runtime reads .onnx, llama.cpp .gguf; vLLM and transformers read a folder in the format
+    ONNX Runtime reads .onnx, llama.cpp .gguf, ExecuTorch (on phones) .pte; vLLM and transformers read a folder in the format
     compressed-tensors. The integers are those that were trained. The tokenizer comes along: inside a
     GGUF file, beside the others. `companion parity` then says whether all went well.
 
@@ -192,13 +198,16 @@ def export(
 
       companion export finetuned/W4-g32-default served/model.gguf
 
+      companion export finetuned/W4-g32-default served/model.pte --scales bfloat16
+
       companion export finetuned/W4-g32-default served --format compressed-tensors
     """
     with one_line("export"):
         from companion.cli.parity import export as run
 
         options = {"onnx": {"accuracy_level": accuracy_level},
-                   "compressed-tensors": {"zero_points": zero_points}}  # fmt: skip
+                   "compressed-tensors": {"zero_points": zero_points},
+                   "executorch": {"scales": scales, "max_length": max_length}}  # fmt: skip
         size = run(model, path, format, options)
     typer.echo(f"written to {path}: {size / 1e6:.2f} MB")
 

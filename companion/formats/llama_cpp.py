@@ -17,7 +17,7 @@ from companion.errors import DamagedFile, MissingExtra, UnreadableBatch, Unsuppo
 from companion.formats.onnx.choice import active_settings
 from companion.formats.onnx.graphs import Description
 from companion.formats.onnx.model import Output, limit, one_text
-from companion.formats.served import ServedModel
+from companion.formats.served import ServedModel, first_line
 
 TOLD = 20
 """Likeliest tokens that llama.cpp is asked for at each place, beside the one that stands there."""
@@ -86,7 +86,7 @@ class LlamaCppModel(ServedModel):
             self._server = xllamacpp.Server(options)
         except Exception as error:
             raise DamagedFile(
-                f"llama.cpp cannot open {path} ({_first_line(error)}): export it again"
+                f"llama.cpp cannot open {path} ({first_line(error)}): export it again"
             ) from None
         self.eval()
 
@@ -292,12 +292,8 @@ def _describe(path: str | Path) -> tuple[Description, int, bool]:
         vocabulary = len(fields[words].contents()) if size is None else int(size.contents())
     except (ValueError, KeyError, OSError, IndexError) as error:
         raise DamagedFile(
-            f"{path} is no whole GGUF file ({_first_line(error)}): export it again"
+            f"{path} is no whole GGUF file ({first_line(error)}): export it again"
         ) from None
     described = Description("decoder", context=int(context), stop=tuple(ends),
                             quantization=f"GGUF, {arch}")  # fmt: skip
     return described, vocabulary, words in fields
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,7 +26,7 @@ from companion.formats.registry import FORMATS, format_at
 from companion.formats.served import Matrix, ServedModel
 from companion.numerics.activations import fake_quantize_activations
 from companion.numerics.packing import unpack
-from companion.numerics.scheme import BLOCK8
+from companion.numerics.scheme import Activations
 from companion.qat.packed import Packed, QuantizedLinear
 from companion.study.tables import across_seeds
 
@@ -55,6 +55,8 @@ class Parity:
     format, engine : str
     turned : int
         Groups whose scale has the other sign in the file, and whose integers have, too.
+    rounded_scales : int
+        Matrices with scales that are the trained ones in bfloat16.
     floats : int
         Matrices, among the layers, that the format holds in floating point, with equal values.
     divergence : float, optional
@@ -82,6 +84,7 @@ class Parity:
     divergence: float | None = None
     places: int = 0
     rounded: float | None = None
+    rounded_scales: int = 0
     ours: tuple[int, ...] = ()
     theirs: tuple[int, ...] = ()
 
@@ -95,6 +98,7 @@ class Parity:
         found = [
             ("integers", f"{_equal(self.integers)} in {self.layers - self.floats} matrices"),
             ("scales", _equal(self.scales) + (
+                f": rounded to bfloat16 in {self.rounded_scales} matrices" if self.rounded_scales else "") + (
                 f", with both signs turned in {self.turned:,} groups" if self.turned else "")),
         ]  # fmt: skip
         if self.floats:
@@ -117,6 +121,11 @@ class Parity:
     @property
     def verdict(self) -> str:
         """The report in a sentence."""
+        if self.integers and not self.scales and self.rounded_scales:
+            return (
+                "The file holds the integers that were trained, but not their scales, which it has "
+                "rounded to bfloat16: train with scale_dtype=torch.bfloat16 to have them equal."
+            )
         if not (self.integers and self.scales):
             wrong = " and ".join(
                 name for name, same in (("integers", self.integers), ("scales", self.scales))
@@ -214,11 +223,11 @@ def parity(
         batch = [{"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}]
     elif task is not None:
         batch = list(islice(task.validation, batches))
-    block = form.rounds(Path(path))
+    rounding = form.rounds(Path(path))
     seen = _compared(model, served, batch)
     rounded = None
-    if block is not None and seen is not None and _generates(model):
-        with rounding_inputs(model, block):
+    if rounding is not None and seen is not None and _generates(model):
+        with rounding_inputs(model, *rounding):
             rounded = _compared(model, served, batch).divergence
     difference = None
     if task is not None:
@@ -232,37 +241,44 @@ def parity(
         seen and seen.logits, seen and seen.argmax,
         task and task.metric, difference, name, form.engine,
         sum(m.turned for m in found), sum(m.floats for m in found),
-        seen and seen.divergence, seen.places if seen else 0, rounded, ours, theirs,
+        seen and seen.divergence, seen.places if seen else 0, rounded,
+        sum(m.rounded for m in found) if all(m.scales or m.rounded for m in found) else 0, ours, theirs,
     )  # fmt: skip
 
 
 @contextmanager
-def rounding_inputs(model: nn.Module, block: int) -> Iterator[None]:
-    """Let a converted model round the inputs of its layers to 8 bits by blocks, as engines do.
+def rounding_inputs(
+    model: nn.Module, form: Activations, block: int | None = None
+) -> Iterator[None]:
+    """Let a converted model round the inputs of its layers as engines do.
+
+    Layers that were trained with inputs rounded so do it already.
 
     Parameters
     ----------
     model : nn.Module
         From `convert`.
-    block : int
-        Inputs that share a scale.
+    form : Activations
+    block : int, optional
+        Inputs that share a scale, where the form is by blocks.
 
     Examples
     --------
     >>> from companion import W4, convert, prepare_qat
+    >>> from companion.numerics.scheme import BLOCK8
     >>> q = convert(prepare_qat(nn.Sequential(nn.Linear(64, 8)), W4))
     >>> x = torch.linspace(-1, 1, 64)[None]
-    >>> with rounding_inputs(q, 32):
+    >>> with rounding_inputs(q, BLOCK8, 32):
     ...     rounded = q(x)
     >>> 0 < float((rounded - q(x)).abs().max()) < 0.1
     True
     """
 
     def round_(layer: nn.Module, inputs: tuple) -> tuple:
-        return (fake_quantize_activations(inputs[0], BLOCK8, block), *inputs[1:])
+        return (fake_quantize_activations(inputs[0], form, block), *inputs[1:])
 
     hooks = [layer.register_forward_pre_hook(round_) for layer in model.modules()
-             if isinstance(layer, QuantizedLinear)]  # fmt: skip
+             if isinstance(layer, QuantizedLinear) and layer.scheme.activations != form]  # fmt: skip
     try:
         yield
     finally:
@@ -370,6 +386,7 @@ class _Match:
     scales: bool
     turned: int = 0
     floats: bool = False
+    rounded: bool = False
 
 
 def _matches(model: nn.Module, found: dict[str, Matrix]) -> Iterator[_Match]:
@@ -398,14 +415,21 @@ def _match(layer: Packed, stored: Matrix) -> _Match:
     if scales.shape[1] % scale.shape[1] or integers.shape[1] < layer.columns:
         return _Match(False, False)
     scale = scale.repeat(scales.shape[1] // scale.shape[1], axis=1)
+    brain = torch.from_numpy(scale).bfloat16().float().numpy()
+    rounded = not np.array_equal(abs(scales), abs(scale)) and np.array_equal(
+        abs(scales), abs(brain)
+    )
+    if rounded:  # ExecuTorch has no other scales, and was asked for these
+        scale = brain
     turned = (scale * scales < 0) & (scale == -scales)  # then -q times -s is q times s
     ours = np.pad(ours.astype(np.int16), ((0, 0), (0, integers.shape[1] - layer.columns)))
     size = math.ceil(ours.shape[1] / scales.shape[1])
     signs = np.where(turned, -1, 1).repeat(size, axis=1)[:, : ours.shape[1]]
     return _Match(
         np.array_equal(integers, ours * signs),
-        np.array_equal(np.where(turned, -scales, scales), scale),
+        not rounded and np.array_equal(np.where(turned, -scales, scales), scale),
         int(turned.sum()),
+        rounded=rounded,
     )
 
 

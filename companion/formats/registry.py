@@ -18,6 +18,9 @@ from companion.formats.compressed_tensors import (
     open_compressed_tensors,
     read_compressed_tensors,
 )
+from companion.formats.executorch.export import export_executorch
+from companion.formats.executorch.model import ExecuTorchModel
+from companion.formats.executorch.stored import read_executorch
 from companion.formats.gguf import BLOCK, export_gguf, read_gguf
 from companion.formats.hub import is_saved, load_quantized, read_folder, save_quantized
 from companion.formats.llama_cpp import LlamaCppModel
@@ -25,6 +28,10 @@ from companion.formats.onnx.export import export_onnx
 from companion.formats.onnx.model import OnnxModel
 from companion.formats.onnx.stored import read_onnx, rounded_block
 from companion.formats.served import Matrix
+from companion.numerics.scheme import BLOCK8, W4A8, Activations
+
+Rounding = tuple[Activations, int | None]
+"""How an engine rounds the inputs of a layer, and in blocks of how many."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,8 @@ class Format:
     open : callable
         ``open(path)`` gives a model that the engine computes.
     rounds : callable
-        ``rounds(path)`` gives the length of the blocks in which the engine rounds a layer's inputs
-        to 8 bits whatever was trained, or None where it takes them as they are.
+        ``rounds(path)`` says how the engine rounds a layer's inputs whatever was trained, or gives
+        None where it takes them as they are.
     holds_tokenizer : bool
         Whether the tokenizer is inside of it; otherwise it belongs beside.
     """
@@ -59,8 +66,12 @@ class Format:
     export: Callable[..., Any]
     read: Callable[[Path, nn.Module], dict[str, Matrix]]
     open: Callable[[Path], nn.Module]
-    rounds: Callable[[Path], int | None] = lambda path: None
+    rounds: Callable[[Path], Rounding | None] = lambda path: None
     holds_tokenizer: bool = False
+
+
+def _by_blocks(length: int | None) -> Rounding | None:
+    return None if length is None else (BLOCK8, length)
 
 
 def _ends_in(ending: str) -> Callable[[Path], bool]:
@@ -82,11 +93,16 @@ FORMATS: dict[str, Format] = {
     "onnx": Format(
         "ONNX Runtime", ".onnx", _ends_in(".onnx"),
         lambda model, path, tokenizer=None, **options: export_onnx(model, path, **options),
-        read_onnx, OnnxModel, rounds=rounded_block,
+        read_onnx, OnnxModel, rounds=lambda path: _by_blocks(rounded_block(path)),
     ),
     "gguf": Format(
         "llama.cpp", ".gguf", _ends_in(".gguf"), export_gguf, read_gguf, LlamaCppModel,
-        rounds=lambda path: BLOCK, holds_tokenizer=True,
+        rounds=lambda path: _by_blocks(BLOCK), holds_tokenizer=True,
+    ),
+    "executorch": Format(
+        "ExecuTorch", ".pte", _ends_in(".pte"),
+        lambda model, path, tokenizer=None, **options: export_executorch(model, path, **options),
+        read_executorch, ExecuTorchModel, rounds=lambda path: (W4A8.activations, None),
     ),
 }  # fmt: skip
 """By the name that ``companion export --format`` takes. Another way out is another entry here."""
@@ -128,7 +144,7 @@ def format_for(path: str | Path, asked: str = "auto") -> str:
     ('onnx', 'compressed-tensors')
     >>> format_for("served/model.pb")
     Traceback (most recent call last):
-    ValueError: served/model.pb says no format: let its name end in .onnx or .gguf, or choose ...
+    ValueError: served/model.pb says no format: let its name end in .onnx or .gguf or ...
     """
     ending = Path(path).suffix
     endings = {form.ending: name for name, form in FORMATS.items() if form.ending}

@@ -39,6 +39,17 @@ class Matrix:
     values: np.ndarray | None = None
 
 
+def first_line(error: BaseException) -> str:
+    """What an engine says first, or else the kind of its error.
+
+    Examples
+    --------
+    >>> first_line(ValueError("no file", "at all")), first_line(KeyError())
+    ("('no file', 'at all')", 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ServedModel(nn.Module):
     """A model that an engine of its own computes, from a file, in place of PyTorch.
 

@@ -6,7 +6,7 @@ Built in chapter 4.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -197,7 +197,8 @@ def parse_scheme(text: str) -> QuantScheme:
     Parameters
     ----------
     text : str
-        "W4" (groups of 32), "W4-g64", "W2-row", "W4A8" or "W8A8".
+        "W4" (groups of 32), "W4-g64", "W2-row", "W4A8" or "W8A8"; with "-bf16" at the end the scales
+        are stored in bfloat16, as `export_executorch` wants them.
 
     Returns
     -------
@@ -214,19 +215,23 @@ def parse_scheme(text: str) -> QuantScheme:
     (True, True)
     >>> parse_scheme("W2-row").group_size is None
     True
+    >>> parse_scheme("W4-bf16").scale_dtype
+    torch.bfloat16
     """
-    found = re.fullmatch(r"W([2-8])(A8)?(?:[- ](?:g(\d+)|(row)))?", text)
+    found = re.fullmatch(r"W([2-8])(A8)?(?:[- ](?:g(\d+)|(row)))?(-bf16)?", text)
     if found is None:
         raise SchemeError(
             f"scheme {text!r} is unknown: write W4, W3 or W2 (groups of 32), W4-g64, W2-row for "
-            "one scale per row, W4A8 or W8A8"
+            "one scale per row, W4A8 or W8A8, and -bf16 behind it for scales in bfloat16"
         )
-    bits, activations, group, row = found.groups()
+    bits, activations, group, row, brain = found.groups()
+    dtype = torch.bfloat16 if brain else torch.float16
     if (bits, activations) == ("8", "A8") and group is None:
-        return W8A8
+        return replace(W8A8, scale_dtype=dtype)
     return QuantScheme(
         int(bits),
         None if row else int(group or 32),
+        dtype,
         activations=W4A8.activations if activations else None,
     )
 

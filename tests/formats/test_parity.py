@@ -135,3 +135,24 @@ def test_a_folder_is_read_past_its_loader(served_docs_lm, tmp_path):
     assert report.format == "companion"
     with pytest.raises(UnsupportedModel, match="in none of the formats companion"):
         parity(model, tmp_path / "no")
+
+
+def test_scales_that_were_rounded_are_told_apart_from_those_of_another_model(tmp_path):
+    """What `export_executorch` does when it is asked to; turned groups stay so."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                         num_attention_heads=2)  # fmt: skip
+    model = convert(prepare_qat(LlamaForCausalLM(config), W4, "absmax"))
+    coarse = copy.deepcopy(model)
+    layers = [module for module in coarse.modules() if isinstance(module, Packed)]
+    for layer in layers:
+        layer.scale.copy_(layer.scale.bfloat16())
+    report = parity(model, save_quantized(coarse, tmp_path), served=model)
+    assert (report.integers, report.scales) == (True, False)
+    assert report.rounded_scales == len(layers)
+    assert "rounded to bfloat16: train with scale_dtype" in report.verdict
+    assert f"rounded to bfloat16 in {len(layers)} matrices" in str(report)
+    layers[0].scale[0, 0] *= 1.5
+    other = parity(model, save_quantized(coarse, tmp_path), served=model)
+    assert other.rounded_scales == 0
+    assert "This is another model" in other.verdict

@@ -77,6 +77,11 @@ def test_short_names_are_read_back(scheme):
     assert parse_scheme(scheme_name(scheme).replace(" ", "-")) == scheme
 
 
+def test_scales_in_bfloat16_are_asked_for_at_the_end():
+    assert parse_scheme("W4-g64-bf16") == QuantScheme(4, 64, torch.bfloat16)
+    assert parse_scheme("W8A8-bf16") == dataclasses.replace(W8A8, scale_dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("text", ["W9", "4", "W4-g", "W4-x", "w4", "W4 g0"])
 def test_other_names_are_refused_with_those_that_exist(text):
     with pytest.raises(SchemeError):

@@ -60,7 +60,7 @@ def active_settings(settings: Mapping) -> dict:
     {'repetition_penalty': 1.2}
     >>> active_settings({"num_beams": 4})
     Traceback (most recent call last):
-    companion.errors.UnsupportedModel: OnnxModel.generate does not know num_beams=4, which the ...
+    companion.errors.UnsupportedModel: generate() of a served model does not know num_beams=4, ...
     """
     found = {name: value for name, value in settings.items()
              if value is not None and value is not False and value != _OFF.get(name)
@@ -68,7 +68,7 @@ def active_settings(settings: Mapping) -> dict:
     unknown = [f"{name}={found[name]!r}" for name in found if name not in _RULES + _DRAWS + _OTHERS]
     if unknown:
         raise UnsupportedModel(
-            f"OnnxModel.generate does not know {', '.join(unknown)}, which the generation settings "
+            f"generate() of a served model does not know {', '.join(unknown)}, which the generation settings "
             "ask for: pass those to go by instead, generate(..., settings={...}), or {} for none"
         )
     return found

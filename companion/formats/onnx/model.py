@@ -6,6 +6,7 @@ Built in chapter 15.
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,100 +28,14 @@ class Output(NamedTuple):
     logits: Tensor
 
 
-class OnnxModel(ServedModel):
-    """A file of `export_onnx` in ONNX Runtime, on the CPU.
-
-    `perplexity`, `accuracy` and the metrics of the tasks take it as they take any model.
-
-    Parameters
-    ----------
-    path : path
-    threads : int, optional
-        Default: one for each core.
-
-    Raises
-    ------
-    DamagedFile
-        If the file is missing, truncated or not from `export_onnx`.
+class TextModel(ServedModel):
+    """A served model whose engine gives logits, from which the next token is chosen here.
 
     Examples
     --------
-    >>> import tempfile
-    >>> from companion import W4, convert, export_onnx, prepare_qat
-    >>> q = convert(prepare_qat(torch.nn.Sequential(torch.nn.Linear(64, 8)), W4))
-    >>> x = torch.ones(3, 64)
-    >>> path = export_onnx(q, tempfile.mkdtemp() + "/layer.onnx", example=x)
-    >>> torch.allclose(OnnxModel(path)(x), q(x), atol=1e-5)
+    >>> issubclass(OnnxModel, TextModel)
     True
     """
-
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
-        with extra("deploy"):
-            import onnxruntime
-
-        super().__init__()
-        if not Path(path).is_file():
-            raise DamagedFile(f"{path} is missing: give the file that export_onnx() wrote")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-            saved = json.loads(self._session.get_modelmeta().custom_metadata_map[KEY])
-        except KeyError:
-            raise DamagedFile(f"{path} was not written by export_onnx()") from None
-        except Exception as error:
-            reason = str(error).split("\n")[0]
-            raise DamagedFile(f"{path} cannot be read ({reason}): export it again") from None
-        try:
-            self.description = _description(saved)
-        except (KeyError, TypeError):
-            raise DamagedFile(
-                f"{path} was written by another version of export_onnx(): export it again"
-            ) from None
-        self.loss_type = self.description.loss_type
-        self.eval()
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Tensor
-    ) -> Output | Tensor:
-        """Answer a batch: logits, or for a plain module its output.
-
-        Parameters
-        ----------
-        input_ids : Tensor, int64, shape (batch, length)
-            Or the input of a plain module.
-        attention_mask : Tensor, int64, shape (batch, length), optional
-            0 at padding, on either side. Default: no padding.
-        **others : Tensor
-            ``token_type_ids``, where the model was trained with two kinds of segments; all 0
-            where they are left out.
-
-        Raises
-        ------
-        UnreadableBatch
-            If the file takes no such input, or inputs do not fit each other.
-        """
-        if self.description.kind == "module":
-            given = others | ({} if attention_mask is None else {"attention_mask": attention_mask})
-            refuse(self, given, given)
-            return self._run({"input": input_ids})[0]
-        feed = self._texts(input_ids, attention_mask, others)
-        if self.description.kind == "decoder":
-            feed |= self._no_past(len(input_ids))
-        return Output(self._run(feed)[0])
-
-    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """One vector of length one for each text: shape (batch, width)."""
-        self._needs("retrieval")
-        return self._run(self._texts(input_ids, attention_mask, {}))[0]
-
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens it knows, 0 where the file does not say."""
-        known = self._session.get_outputs()[0].shape[-1]
-        return known if isinstance(known, int) else 0
 
     def generate(
         self,
@@ -177,6 +92,146 @@ class OnnxModel(ServedModel):
                             top_k, top_p, seed, stop, settings)  # fmt: skip
         return (token for (token,) in steps if token is not None)
 
+    def _steps(
+        self, told: list[list[int]], most: int | None, temperature: float | None,
+        top_k: int | None, top_p: float | None, seed: int, stop: bool, settings: Mapping | None,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
+        """Check what is asked for, and give the next token of every text until all have ended."""
+        self._needs("decoder")
+        asked = dict(self.description.generation if settings is None else settings)
+        asked |= {name: value for name, value in (("top_k", top_k), ("top_p", top_p))
+                  if value is not None}  # fmt: skip
+        wanted = active_settings(asked)
+        if temperature is None:
+            temperature = wanted.get("temperature", 1.0) if wanted.get("do_sample") else 0.0
+        if wanted.get("do_sample") and "top_k" not in asked:
+            wanted["top_k"] = TOP_K
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} is below 0, which takes the likeliest")
+        limits = [limit(self.description.context, len(text), most, wanted) for text in told]
+        ends = self.description.stop
+        if settings is not None and "eos_token_id" in wanted:
+            ends = tokens(wanted["eos_token_id"])
+        always = [rules(wanted, len(text), limits[row], ends) for row, text in enumerate(told)]
+        drawn = draw_rules(wanted) if temperature else []
+        rngs = [np.random.default_rng(seed + row) for row in range(len(told))]
+
+        def choice(row: int, logits: np.ndarray) -> int:
+            return choose(logits, told[row], always[row], drawn, temperature, rngs[row])
+
+        return self._tokens(told, limits, ends if stop else (), choice)
+
+    @abstractmethod
+    def _tokens(
+        self, told: list[list[int]], limits: list[int], ends: Sequence[int], choice: Callable
+    ) -> Iterator[list[int | None]]:
+        """Append to each text until it ends; `choice` reads it."""
+
+    def extra_repr(self) -> str:
+        return f"{self.description.kind}: {self.description.quantization}"
+
+    def _needs(self, kind: str) -> None:
+        if self.description.kind != kind:
+            raise UnsupportedModel(
+                f"this file holds a model of kind {self.description.kind!r}, and {kind!r} is needed"
+            )
+
+
+class OnnxModel(TextModel):
+    """A file of `export_onnx` in ONNX Runtime, on the CPU.
+
+    `perplexity`, `accuracy` and the metrics of the tasks take it as they take any model.
+
+    Parameters
+    ----------
+    path : path
+    threads : int, optional
+        Default: one for each core.
+
+    Raises
+    ------
+    DamagedFile
+        If the file is missing, truncated or not from `export_onnx`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from companion import W4, convert, export_onnx, prepare_qat
+    >>> q = convert(prepare_qat(torch.nn.Sequential(torch.nn.Linear(64, 8)), W4))
+    >>> x = torch.ones(3, 64)
+    >>> path = export_onnx(q, tempfile.mkdtemp() + "/layer.onnx", example=x)
+    >>> torch.allclose(OnnxModel(path)(x), q(x), atol=1e-5)
+    True
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        with extra("deploy"):
+            import onnxruntime
+
+        super().__init__()
+        if not Path(path).is_file():
+            raise DamagedFile(f"{path} is missing: give the file that export_onnx() wrote")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+            saved = json.loads(self._session.get_modelmeta().custom_metadata_map[KEY])
+        except KeyError:
+            raise DamagedFile(f"{path} was not written by export_onnx()") from None
+        except Exception as error:
+            reason = str(error).split("\n")[0]
+            raise DamagedFile(f"{path} cannot be read ({reason}): export it again") from None
+        try:
+            self.description = described(saved)
+        except (KeyError, TypeError):
+            raise DamagedFile(
+                f"{path} was written by another version of export_onnx(): export it again"
+            ) from None
+        self.loss_type = self.description.loss_type
+        self.eval()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Tensor
+    ) -> Output | Tensor:
+        """Answer a batch: logits, or for a plain module its output.
+
+        Parameters
+        ----------
+        input_ids : Tensor, int64, shape (batch, length)
+            Or the input of a plain module.
+        attention_mask : Tensor, int64, shape (batch, length), optional
+            0 at padding, on either side. Default: no padding.
+        **others : Tensor
+            ``token_type_ids``, where the model was trained with two kinds of segments; all 0
+            where they are left out.
+
+        Raises
+        ------
+        UnreadableBatch
+            If the file takes no such input, or inputs do not fit each other.
+        """
+        if self.description.kind == "module":
+            given = others | ({} if attention_mask is None else {"attention_mask": attention_mask})
+            refuse(self, given, given)
+            return self._run({"input": input_ids})[0]
+        feed = self._texts(input_ids, attention_mask, others)
+        if self.description.kind == "decoder":
+            feed |= self._no_past(len(input_ids))
+        return Output(self._run(feed)[0])
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """One vector of length one for each text: shape (batch, width)."""
+        self._needs("retrieval")
+        return self._run(self._texts(input_ids, attention_mask, {}))[0]
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it knows, 0 where the file does not say."""
+        known = self._session.get_outputs()[0].shape[-1]
+        return known if isinstance(known, int) else 0
+
     def generate_batch(
         self,
         input_ids: Tensor,
@@ -217,35 +272,6 @@ class OnnxModel(ServedModel):
         rows = zip(*steps, strict=True)
         return [[token for token in row if token is not None] for row in rows]
 
-    def _steps(
-        self, told: list[list[int]], most: int | None, temperature: float | None,
-        top_k: int | None, top_p: float | None, seed: int, stop: bool, settings: Mapping | None,
-    ) -> Iterator[list[int | None]]:  # fmt: skip
-        """Check what is asked for, and give the next token of every text until all have ended."""
-        self._needs("decoder")
-        asked = dict(self.description.generation if settings is None else settings)
-        asked |= {name: value for name, value in (("top_k", top_k), ("top_p", top_p))
-                  if value is not None}  # fmt: skip
-        wanted = active_settings(asked)
-        if temperature is None:
-            temperature = wanted.get("temperature", 1.0) if wanted.get("do_sample") else 0.0
-        if wanted.get("do_sample") and "top_k" not in asked:
-            wanted["top_k"] = TOP_K
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} is below 0, which takes the likeliest")
-        limits = [limit(self.description.context, len(text), most, wanted) for text in told]
-        ends = self.description.stop
-        if settings is not None and "eos_token_id" in wanted:
-            ends = tokens(wanted["eos_token_id"])
-        always = [rules(wanted, len(text), limits[row], ends) for row, text in enumerate(told)]
-        drawn = draw_rules(wanted) if temperature else []
-        rngs = [np.random.default_rng(seed + row) for row in range(len(told))]
-
-        def choice(row: int, logits: np.ndarray) -> int:
-            return choose(logits, told[row], always[row], drawn, temperature, rngs[row])
-
-        return self._tokens(told, limits, ends if stop else (), choice)
-
     def _tokens(
         self, told: list[list[int]], limits: list[int], ends: Sequence[int], choice: Callable
     ) -> Iterator[list[int | None]]:
@@ -276,9 +302,6 @@ class OnnxModel(ServedModel):
                 [[token or 0] for token in new]
             )  # a text that has ended reads on, unheard
             mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-
-    def extra_repr(self) -> str:
-        return f"{self.description.kind}: {self.description.quantization}"
 
     def _texts(self, ids: Tensor, mask: Tensor | None, others: Mapping) -> dict[str, Tensor]:
         mask = torch.ones_like(ids) if mask is None else mask
@@ -318,15 +341,15 @@ class OnnxModel(ServedModel):
             ) from error
         return [torch.from_numpy(array) for array in found]
 
-    def _needs(self, kind: str) -> None:
-        if self.description.kind != kind:
-            raise UnsupportedModel(
-                f"this file holds a model of kind {self.description.kind!r}, and {kind!r} is needed"
-            )
 
+def described(saved: dict) -> Description:
+    """Read a description back from JSON, which knows no tuples.
 
-def _description(saved: dict) -> Description:
-    """From JSON, which knows no tuples."""
+    Examples
+    --------
+    >>> described({"kind": "decoder", "past": [[2, 8, 8]], "stop": [0]}).past
+    ((2, 8, 8),)
+    """
     past = tuple(tuple(layer) for layer in saved["past"])
     return Description(**saved | {"past": past, "stop": tuple(saved["stop"])})
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-reason = "the wheel of ExecuTorch is not installed: make test-executorch"
+reason = "there is no wheel of ExecuTorch for this machine"
 pytest.importorskip("executorch.runtime", reason=reason)
 
 import torch  # noqa: E402
@@ -12,10 +12,20 @@ import transformers as hf  # noqa: E402
 from executorch.runtime import Method, Runtime  # noqa: E402
 from torch import nn  # noqa: E402
 
-from companion import W4, W8, W8A8, QuantScheme, convert, load_pretrained, prepare_qat  # noqa: E402
+from companion import (  # noqa: E402
+    W4,
+    W8,
+    W8A8,
+    QuantScheme,
+    convert,
+    export_executorch,
+    load_pretrained,
+    prepare_qat,
+)
 from companion.errors import UnsupportedModel, WrongStage  # noqa: E402
-from companion.formats import executorch as ours  # noqa: E402
-from companion.formats.executorch import as_served, export_executorch, read_integers  # noqa: E402
+from companion.formats.executorch import export as ours  # noqa: E402
+from companion.formats.executorch.export import as_served  # noqa: E402
+from companion.formats.executorch.stored import read_integers  # noqa: E402
 from companion.numerics.packing import unpack  # noqa: E402
 from companion.qat.packed import QuantizedLinear  # noqa: E402
 

@@ -19,12 +19,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 
 from companion.errors import UnsupportedModel, WrongStage, extra
 from companion.files import write_atomically
+from companion.formats.executorch.stored import TOLD, named, silent
 from companion.formats.onnx.graphs import STAY, Graph, graph_of
 from companion.formats.torchao import to_torchao
 from companion.numerics.packing import pack, unpack
@@ -63,8 +62,9 @@ def export_executorch(
     The integers are those of `convert`. Weights of up to 4 bits are stored in 4, others in 8.
     XNNPACK always rounds the inputs of such layers to 8 bits by tokens, as ``W4A8`` trains it; of a
     model that was trained with weights only, `as_served` computes here what the file will. The two
-    agree to the last digits, but where an input lies between two integers so closely that a last bit
-    decides: there a token's logits differ as much as rounding the inputs changes them.
+    agree to the last digits, but where a last bit decides a rounding. That happens to whole tokens whose
+    largest and smallest input are exactly opposite, as in rows of a rounded embedding: their zero point lies
+    between two integers, and they, and what attends to them, differ as much as rounding inputs changes at all.
 
     The file's method ``forward`` takes, for a decoder, ``input_ids`` of shape (1, n) and
     ``positions`` of shape (n,), both int64, and gives logits of shape (1, n, vocabulary). It keeps keys
@@ -103,27 +103,32 @@ def export_executorch(
     Examples
     --------
     >>> import tempfile
-    >>> from companion import QuantScheme, convert, prepare_qat
+    >>> from companion import QuantScheme, convert, export_executorch, prepare_qat
     >>> scheme = QuantScheme(4, 32, torch.bfloat16)
     >>> q = convert(prepare_qat(nn.Sequential(nn.Linear(64, 8)), scheme, "absmax"))
     >>> file = tempfile.mkdtemp() + "/layer.pte"
     >>> export_executorch(q, file, example=torch.ones(1, 64)).name
     'layer.pte'
-    >>> integers, scale = read_integers(file)[0]
+    >>> from companion.formats.executorch.stored import read_integers
+    >>> [(integers, scale)] = read_integers(file)
     >>> integers.shape, torch.equal(scale, q[0].scale.float())
     (torch.Size([8, 64]), True)
     """
     served = as_served(model, scales=scales)
-    with extra("executorch"):
+    with extra("executorch"), silent():
         import executorch.kernels.quantized  # registers what looks rows up
         import executorch.runtime  # noqa: F401
     name = type(model).__name__
+    quantization = served.quantization
     embeddings = {m: _Rows(m) for m in served.modules() if isinstance(m, QuantizedEmbedding)}
+    names = named(served)
     served = to_torchao(replace_modules(served, embeddings))
     graph = graph_of(served, example)
-    module, inputs, shapes = _traced_with(graph, served, max_length)
+    module, inputs, shapes, context = _traced_with(graph, served, max_length)
+    described = asdict(replace(graph.description, context=context, quantization=str(quantization)))
+    inside = {"inputs": list(graph.names), "names": names, "description": described}
     with _quiet(), _shared_histories():
-        program = _lower(module, inputs, shapes, name)
+        program = _lower(module, inputs, shapes, name, json.dumps(inside))
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
@@ -192,36 +197,6 @@ def as_served(model: nn.Module, *, scales: str = "exact") -> nn.Module:
     served.quantization = record
     record_parts(served)
     return served
-
-
-def read_integers(path: str | Path) -> list[tuple[Tensor, Tensor]]:
-    """Read the integers and scales of every quantized matrix out of an exported file.
-
-    Parameters
-    ----------
-    path : path
-
-    Returns
-    -------
-    list of (Tensor of int8, Tensor of float32)
-        Integers of shape (rows, columns) and scales of shape (rows, groups): the matrices that
-        XNNPACK multiplies, in the file's order, which may be another than the model's.
-    """
-    with extra("executorch"):
-        from executorch.exir._serialize._program import deserialize_pte_binary
-
-    file = deserialize_pte_binary(Path(path).read_bytes())
-    named = file.named_data
-    data = {key: bytes(named.buffers[entry.buffer_index]) for key, entry in named.pte_data.items()}
-    plan = file.program.execution_plan[0]
-    calls = (i.instr_args for chain in plan.chains for i in chain.instructions)
-    found = []
-    for call in calls:
-        if type(call).__name__ == "DelegateCall":
-            delegate = plan.delegates[call.delegate_index]
-            payload = file.program.backend_delegate_data[delegate.processed.index].data
-            found += list(_matrices(_xnnpack_graph(bytes(payload)), data))
-    return found
 
 
 def _check_layer(name: str, layer: QuantizedLinear) -> None:
@@ -334,11 +309,11 @@ class _Decoder(nn.Module):
 
 def _traced_with(
     graph: Graph, model: nn.Module, max_length: int | None
-) -> tuple[nn.Module, tuple[Tensor, ...], tuple[dict, ...]]:
-    """What is traced, its inputs, and which of their dimensions are free."""
+) -> tuple[nn.Module, tuple[Tensor, ...], tuple[dict, ...], int]:
+    """What is traced, its inputs, which of their dimensions are free, and the most tokens."""
     kind = graph.description.kind
     if kind == "module":
-        return graph.module, graph.inputs, ({},) * len(graph.inputs)
+        return graph.module, graph.inputs, ({},) * len(graph.inputs), 0
     config = next(m.config for m in model.modules() if hasattr(m, "config"))
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTH
     if max_length is None:
@@ -352,13 +327,13 @@ def _traced_with(
     ids = torch.zeros(1, TOKENS, dtype=torch.int64)
     if kind == "decoder":
         module = _Decoder(model, graph.description.past, max_length)
-        return module, (ids, torch.arange(TOKENS)), ({1: length}, {0: length})
+        return module, (ids, torch.arange(TOKENS)), ({1: length}, {0: length}), max_length
     inputs = tuple(torch.full_like(ids, name == "attention_mask") for name in graph.names)
-    return graph.module, inputs, ({1: length},) * len(inputs)
+    return graph.module, inputs, ({1: length},) * len(inputs), max_length
 
 
-def _lower(module: nn.Module, inputs: tuple, shapes: tuple, name: str) -> Any:
-    """Trace a module and hand what XNNPACK computes to it."""
+def _lower(module: nn.Module, inputs: tuple, shapes: tuple, name: str, told: str) -> Any:
+    """Trace a module and hand what XNNPACK computes to it; `told` is what the file says of itself."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
     from torchao.utils import unwrap_tensor_subclass
@@ -368,7 +343,8 @@ def _lower(module: nn.Module, inputs: tuple, shapes: tuple, name: str) -> Any:
             traced = torch.export.export(
                 unwrap_tensor_subclass(module.eval()), inputs, dynamic_shapes=shapes
             )
-            edge = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()])
+            edge = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()],
+                                               constant_methods={TOLD: told})  # fmt: skip
             left = [str(node.target) for node in edge.exported_program().graph.nodes
                     if "dequantize" in str(node.target)]  # fmt: skip
             if not left:
@@ -390,7 +366,8 @@ def _run_once(file: Path, inputs: tuple[Tensor, ...], name: str) -> None:
     from executorch.runtime import Runtime
 
     try:
-        Runtime.get().load_program(file).load_method("forward").execute(list(inputs))
+        with silent():
+            Runtime.get().load_program(file).load_method("forward").execute(list(inputs))
     except Exception as error:
         reason = shorten(str(error), 160, placeholder=" ...").rstrip(".")
         raise UnsupportedModel(
@@ -424,46 +401,3 @@ def _shared_histories() -> Iterator[None]:
         yield
     finally:
         del NodeSource.__deepcopy__
-
-
-def _xnnpack_graph(payload: bytes) -> dict[str, Any]:
-    """Read the graph that XNNPACK was handed, as its schema describes it."""
-    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as theirs
-    from executorch.exir._serialize._flatbuffer import _flatc_decompile
-
-    header = theirs.XNNHeader.from_bytes(payload[: theirs.XNNHeader.EXPECTED_LENGTH])
-    start = header.flatbuffer_offset
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "schema.fbs").write_bytes(theirs._get_schema_bytes())
-        (Path(folder) / "graph.bin").write_bytes(payload[start : start + header.flatbuffer_size])
-        _flatc_decompile(folder, f"{folder}/schema.fbs", f"{folder}/graph.bin", ["--raw-binary"])
-        text = (Path(folder) / "graph.json").read_text()
-    return json.loads(re.sub(r"\binf\b", "Infinity", text))  # as Python reads it
-
-
-def _matrices(graph: dict[str, Any], data: dict[str, bytes]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The integers and scales of each matrix in a graph of XNNPACK."""
-    values = [value["xvalue_union"] for value in graph["xvalues"]]
-    tensors = {value.get("tensor_value", value)["id_out"]: value for value in values}
-    keys = [constant.get("named_key") for constant in graph["constant_data"]]
-    for node in graph["xnodes"]:
-        if node["xnode_union_type"] != "XNNFullyConnected":
-            continue
-        value = tensors[node["xnode_union"]["filter_id"]]
-        if "quant_params" not in value:
-            continue  # a matrix in floating point
-        described, grid = value["tensor_value"], value["quant_params"]
-        raw = torch.frombuffer(
-            bytearray(data[keys[described["constant_buffer_idx"]]]), dtype=torch.uint8
-        )
-        scale = bytearray(data[keys[grid["scale_buffer_idx"]]])
-        rows, columns = described["dims"]
-        if described["datatype"] == "xnn_datatype_qbint4":
-            raw = raw.view(rows, -1)
-            halves = torch.stack([raw & 15, raw >> 4], -1).flatten(1)
-            integers = halves.to(torch.int8) - 8
-            scales = torch.frombuffer(scale, dtype=torch.bfloat16)
-        else:
-            integers = raw.view(torch.int8).view(rows, columns)
-            scales = torch.frombuffer(scale, dtype=torch.float32)
-        yield integers[:, :columns], scales.float().view(rows, -1)
