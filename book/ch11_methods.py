@@ -1035,7 +1035,9 @@ published = {
 }
 ours = published["the longest run here"]
 for name, trained in published.items():
-    print(f"{name:22}{trained / 1e6:10,.1f} M tokens{trained / ours:10,.0f} x")
+    print(
+        f"{name:22}{trained / 1e6:10,.1f} M tokens{trained / ours:10,.0f} x"
+    )
 
 # %% [markdown]
 # So what this chapter calls a hundred steps, they would call a warm-up, and what levels off here does so

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
+from typing import Any
 
 
 class SchemeError(ValueError):
@@ -64,6 +66,64 @@ class DataWarning(UserWarning):
 
 class MissingExtra(ImportError):
     """A package that only some rooms of this one need is not installed."""
+
+
+def expect(call: str, name: str, value: object, kind: Any) -> None:
+    """Refuse an argument of a wrong type in one sentence.
+
+    Parameters
+    ----------
+    call, name : str
+        Of the function and of its parameter.
+    value : object
+    kind : type or union of types
+        What it takes.
+
+    Raises
+    ------
+    TypeError
+
+    Examples
+    --------
+    >>> expect("fit", "steps", "many", int)
+    Traceback (most recent call last):
+    TypeError: fit() takes int as steps, not str
+    """
+    if not isinstance(value, kind):
+        wanted = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
+        wanted = wanted.replace("pathlib._local.", "").replace("pathlib.", "")
+        raise TypeError(f"{call}() takes {wanted} as {name}, not {type(value).__name__}")
+
+
+@contextmanager
+def readable(
+    path: object, remedy: str = "copy it again", kind: type[Exception] = DamagedFile
+) -> Iterator[None]:
+    """Turn whatever a damaged or hostile file sets off into one line; the package's errors pass.
+
+    Parameters
+    ----------
+    path : path
+        What is read.
+    remedy : str
+        What to do.
+    kind : type
+        Of the error that is raised instead.
+
+    Examples
+    --------
+    >>> with readable("model.gguf"):
+    ...     [][0]
+    Traceback (most recent call last):
+    companion.errors.DamagedFile: model.gguf cannot be read (IndexError: list ...): copy it again
+    """
+    try:
+        yield
+    except Exception as error:  # parsers raise of every kind, MemoryError and RecursionError too
+        if type(error).__module__ == __name__:
+            raise
+        reason = shorten(f"{type(error).__name__}: {error}".strip(": "), 200, placeholder=" ...")
+        raise kind(f"{path} cannot be read ({reason}): {remedy}") from None
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def _config(name: str) -> Any:
     """The settings of a model, or None where a folder holds none that transformers knows."""
     with quiet_transformers() as transformers:
         try:
-            return transformers.AutoConfig.from_pretrained(find(name)[0])
+            return transformers.AutoConfig.from_pretrained(find(name)[0], trust_remote_code=False)
         except (OSError, ValueError, KeyError):
             return None
 
@@ -233,7 +233,9 @@ def _tokenizer_inside(file: Path):
     from gguf import GGUFReader
 
     with quiet_transformers() as transformers:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
     fields = GGUFReader(file).fields
     template = "tokenizer.chat_template"  # transformers leaves some of them in the file
     if not tokenizer.chat_template and template in fields:

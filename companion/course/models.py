@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from companion.course.sources import MINILM, SMOLLM2, find, quiet_transformers
+from companion.course.sources import MINILM, SMOLLM2, find, quiet_transformers, refuse_code
 from companion.course.tasks import load_task
 from companion.data.biencoder import BiEncoder
 from companion.data.text import with_padding
@@ -145,7 +145,12 @@ def _from_transformers(name: str, head: str | None, classes: int | None, seed: i
         torch.manual_seed(seed)
         try:
             model, found = getattr(transformers, HEADS[head]).from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **sized
+                folder,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **sized,
             )
         except OSError as error:
             raise SourceUnavailable(
@@ -157,6 +162,7 @@ def _from_transformers(name: str, head: str | None, classes: int | None, seed: i
                 f"the weights in {name} cannot be read ({error}): copy them again"
             ) from None
         except (ValueError, KeyError) as error:
+            refuse_code(name, error)
             if "AutoModel" not in str(error) and "model type" not in str(error):
                 raise
             raise UnsupportedModel(
@@ -192,7 +198,9 @@ def _padding_token(folder: str, config) -> int | None:
     from transformers import AutoTokenizer
 
     try:
-        return with_padding(AutoTokenizer.from_pretrained(folder)).pad_token_id
+        return with_padding(
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        ).pad_token_id
     except (OSError, ValueError):  # a folder with weights only
         end = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         return end[0] if isinstance(end, list) else end

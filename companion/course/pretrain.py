@@ -20,7 +20,7 @@ from companion.course.sources import quiet_transformers
 from companion.data.text import Trigram, blocks, encode, windows
 from companion.errors import CheckpointError
 from companion.evaluation.language import as_perplexity, document_losses
-from companion.files import write_atomically
+from companion.files import write_folder
 from companion.training.fit import default_loss, fit
 
 VOCABULARY = 4096
@@ -190,10 +190,14 @@ def pretrain(
         "test_perplexity": vars(as_perplexity(losses)),
         "trigram_perplexity": vars(as_perplexity(baseline)),
     }
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_atomically(folder / "training.json", lambda p: p.write_text(json.dumps(report, indent=1)))
-    write_atomically(folder / "README.md", lambda p: p.write_text(_card(report)))
+
+    def write(partial: Path) -> None:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "training.json").write_text(json.dumps(report, indent=1))
+        (partial / "README.md").write_text(_card(report))
+
+    write_folder(folder, write, last="training.json")
     for file in (folder / "run").iterdir():
         file.unlink()
     (folder / "run").rmdir()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from companion.errors import DamagedFile, SourceUnavailable, extra
+from companion.errors import DamagedFile, SourceUnavailable, UnsupportedModel, extra
 from companion.files import cache_folder, sha256
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -49,7 +49,31 @@ def load_tokenizer(name: str = "docs-lm"):
     """
     with quiet_transformers() as transformers:
         folder, _ = find(name)
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as error:
+            refuse_code(name, error)
+            raise
+
+
+def refuse_code(name: str, error: Exception) -> None:
+    """Say in one line of ours that code which comes with a model is not run, if that is the error.
+
+    Parameters
+    ----------
+    name : str
+    error : Exception
+        What transformers raised.
+
+    Raises
+    ------
+    UnsupportedModel
+    """
+    if "trust_remote_code" in str(error):
+        raise UnsupportedModel(
+            f"{name} asks to run code that comes with it, which is never done: take a model whose "
+            "class is one of transformers'"
+        ) from None
 
 
 def find(name: str) -> tuple[str, str]:
@@ -121,11 +145,13 @@ def _convert_gguf(file: Path, folder: Path) -> None:
             with extra("gguf"):
                 import gguf  # noqa: F401  what transformers reads such files with
             place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-            model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                **place, dtype=torch.float32, trust_remote_code=False
+            )
             # dequantized: what is left of the file's format would only make loaders look for it
             del model.config.quantization_config
             model.hf_quantizer = None
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
             tokenizer.model_max_length = model.config.max_position_embeddings
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)

@@ -93,7 +93,7 @@ def _conversation(row: Mapping[str, Any]) -> Messages:
             if isinstance(said, str):  # from a CSV file, whose cells are text
                 try:
                     said = json.loads(said)
-                except ValueError:
+                except (ValueError, RecursionError):
                     raise ValueError(
                         f"column {name!r} of {_shown(row)} is text, but no list of messages in JSON"
                     ) from None

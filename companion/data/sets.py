@@ -563,6 +563,10 @@ def _objects(path: Path, text: str) -> list[dict[str, Any]]:
             f"{path}: line {number + error.lineno - 1} is no JSON ({error.msg}): write one object a "
             "line, or a list of objects"
         ) from None
+    except RecursionError:
+        raise ValueError(f"{path}: line {number} is nested too deeply: leave it out") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(f"{path}: line {number} cannot be read ({error})") from None
     rows = rows[0] if whole else rows
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f'{path} holds no objects with named columns, such as {{"text": "..."}}')

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from companion.errors import expect
 from companion.numerics.packing import narrowest
 
 
@@ -37,6 +38,7 @@ def model_bytes(model: nn.Module) -> int:
     >>> model_bytes(nn.Linear(100, 100)) - 4 * (100 * 100 + 100)  # the header
     144
     """
+    expect("model_bytes", "model", model, nn.Module)
     state = model.state_dict()
     if any(name.rpartition(".")[2] == "integers" for name in state):  # as save_quantized() writes
         state |= {n: narrowest(p.detach()) for n, p in model.named_parameters() if n in state}

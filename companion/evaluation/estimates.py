@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from companion.data.text import IGNORED
-from companion.errors import EmptyLoader
+from companion.errors import EmptyLoader, expect
 from companion.evaluation.forward import rows_of, scored
 
 CONFIDENCE = 0.95
@@ -279,6 +279,7 @@ def accuracy(model: nn.Module, loader: Iterable) -> Estimate:
     >>> print(accuracy(nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))]))
     0.500 [0.095, 0.905] (n = 2)
     """
+    expect("accuracy", "model", model, nn.Module)
     parts = _answers(model, loader)
     if parts[0][2].ndim == 1:
         right = np.concatenate([given[true != IGNORED] == true[true != IGNORED]

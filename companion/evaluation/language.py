@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from companion.data.text import IGNORED
+from companion.errors import expect
 from companion.evaluation.estimates import TAILS, Estimate, Scores, summed
 from companion.evaluation.forward import losses, rows_of
 
@@ -130,6 +131,7 @@ def perplexity(model: nn.Module, loader: Iterable) -> Estimate:
     >>> print(perplexity(Uniform(), [{"input_ids": tokens, "labels": tokens}]))
     50.000 [50.000, 50.000] (n = 4)
     """
+    expect("perplexity", "model", model, nn.Module)
     return as_perplexity(document_losses(model, loader))
 
 
@@ -213,6 +215,9 @@ def recovery(control: DocumentLosses, ptq: DocumentLosses, qat: DocumentLosses) 
     >>> print(recovery(*arms))
     80% [80%, 80%]
     """
+    expect("recovery", "control", control, DocumentLosses)
+    expect("recovery", "ptq", ptq, DocumentLosses)
+    expect("recovery", "qat", qat, DocumentLosses)
     damage = loss_difference(ptq, control)
     if damage.low <= 0:
         return Recovery(None, damage)

@@ -5,6 +5,7 @@ Built in chapter 15.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from companion.errors import MissingExtra, UnsupportedModel, WrongStage, extra
-from companion.files import write_folder
+from companion.errors import (
+    DamagedFile,
+    MissingExtra,
+    UnsupportedModel,
+    WrongStage,
+    extra,
+    readable,
+)
+from companion.files import read_json, sha256, write_folder
 from companion.formats.hub import (
     CONFIG,
     GENERATION,
@@ -31,6 +39,8 @@ from companion.numerics.scheme import QuantScheme, integer_range
 from companion.qat.packed import Packed, QuantizedLinear, is_pretrained
 from companion.qat.saved import describe, refuse_foreign
 
+HASHES = "companion_sha256"
+"""Where config.json has the hashes of the folder; other readers leave it alone."""
 INT8_TOKENS = Activations(8, "token", symmetric=True)
 """The only rounding of inputs that compressed-tensors' int8 kernels compute as it was trained."""
 
@@ -173,7 +183,9 @@ def export_compressed_tensors(
             (partial / INDEX).write_text(json.dumps(index_of(tensors, shards), indent=1) + "\n")
         if getattr(model, "generation_config", None) is not None:
             (partial / GENERATION).write_text(model.generation_config.to_json_string())
-        (partial / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n")
+        told = json.loads(json.dumps(config, default=str))
+        told[HASHES] = hashes_of(partial, told)
+        (partial / CONFIG).write_text(json.dumps(told, indent=1) + "\n")
 
     write_folder(folder, write, last=CONFIG)
     remove_stale(Path(folder), shards)
@@ -195,8 +207,46 @@ def read_compressed_tensors(folder: str | Path, model: nn.Module) -> dict[str, M
         By the name of a layer. Zero points are taken off the integers already; embeddings and
         output layers come as values, since the format has them in floating point.
     """
+    with readable(folder):
+        _check_hashes(Path(folder))
+        return _read(Path(folder), model)
+
+
+def hashes_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Hash the files of a folder, and the settings that go with them.
+
+    Parameters
+    ----------
+    folder : Path
+    config : dict
+        Of config.json, which may hold hashes already.
+
+    Returns
+    -------
+    dict
+        What stands in config.json under `HASHES`.
+    """
+    settings = {key: value for key, value in config.items() if key != HASHES}
+    text = json.dumps(settings, sort_keys=True)
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())
+             if path.suffix in (".safetensors", ".json") and path.name != CONFIG
+             and path.name.startswith(("model", "generation"))}  # fmt: skip
+    return {"files": files, "config": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _check_hashes(folder: Path) -> None:
+    """Refuse a folder of ours whose files are not those that were written."""
+    config = read_json(folder / CONFIG)
+    if HASHES in config and config[HASHES] != hashes_of(folder, config):
+        raise DamagedFile(
+            f"the files in {folder} are not those that were exported (their hash differs): copy the "
+            "folder again, or export the model anew"
+        )
+
+
+def _read(folder: Path, model: nn.Module) -> dict[str, Matrix]:
     tensors = {}
-    for file in sorted(Path(folder).glob("model*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):
         tensors |= load_file(file)
     weights = _settings(folder)["config_groups"]["group_0"]["weights"]
     found = {}
@@ -242,9 +292,21 @@ def open_compressed_tensors(folder: str | Path) -> nn.Module:
         raise MissingExtra(
             "compressed-tensors, which opens this folder, is missing: pip install compressed-tensors"
         ) from error
-    config = json.loads(Path(folder, CONFIG).read_text())
+    with readable(folder):
+        _check_hashes(Path(folder))
+        return _open(Path(folder), transformers)
+
+
+def _open(folder: Path, transformers: Any) -> nn.Module:
+    config = read_json(folder / CONFIG)
     kind = getattr(transformers, config["architectures"][0])
-    options = {}
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise UnsupportedModel(f"{folder} names no model class of transformers: export it anew")
+    if "auto_map" in config:
+        raise UnsupportedModel(
+            f"{folder} asks to run code that came with it, which is never done: export the model anew"
+        )
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
     if not _settings(folder)["config_groups"]["group_0"]["weights"]["symmetric"]:
         whole = transformers.CompressedTensorsConfig(dequantize=True)
         options["quantization_config"] = whole
@@ -262,12 +324,12 @@ def is_compressed_tensors(folder: str | Path) -> bool:
     """
     try:
         return _settings(folder).get("quant_method") == "compressed-tensors"
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
 
 
 def _settings(folder: str | Path) -> dict[str, Any]:
-    return json.loads(Path(folder, CONFIG).read_text())["quantization_config"]
+    return read_json(Path(folder, CONFIG))["quantization_config"]
 
 
 def _integers(stored: Tensor, bits: int, columns: int) -> Tensor:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from companion.errors import UnsupportedModel, WrongStage, extra
-from companion.files import write_atomically
+from companion.errors import DamagedFile, UnsupportedModel, WrongStage, extra, readable
+from companion.files import BLANK, is_sealed, seal, write_atomically
 from companion.formats.served import Matrix
 from companion.numerics.packing import unpack
 from companion.numerics.scheme import BLOCK8
@@ -127,6 +127,7 @@ def export_gguf(
 
     def write(partial: Path) -> None:
         writer = gguf.GGUFWriter(partial, family.name)
+        writer.add_string("companion.sha256", BLANK)
         _write_settings(writer, model)
         if vocabulary is None:
             writer.add_tokenizer_model("none")
@@ -138,6 +139,7 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        seal(partial)
 
     path = Path(path)
     write_atomically(path, write)
@@ -191,6 +193,36 @@ def q8_0(integers: Tensor, scale: Tensor) -> np.ndarray:
     return _with_scales(integers.numpy().reshape(len(integers), -1, BLOCK).view(np.uint8), scale)
 
 
+def open_gguf(path: str | Path) -> gguf.GGUFReader:
+    """Open a file, if it is whole; lengths that it does not have are not believed.
+
+    Parameters
+    ----------
+    path : path
+
+    Raises
+    ------
+    DamagedFile
+        If it is missing, truncated, edited or no GGUF file.
+    """
+    with extra("gguf"):
+        from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends within a field")  # where gguf reads on, for ever
+            return super()._get(offset, dtype, count, override_order)
+
+    remedy = "export it again"
+    if not Path(path).is_file():
+        raise DamagedFile(f"{path} is missing: give the file that export_gguf() wrote")
+    if is_sealed(path) is False:
+        raise DamagedFile(f"{path} is not the file that was written (its hash differs): {remedy}")
+    with readable(path, remedy):
+        return Reader(path)
+
+
 def read_gguf(path: str | Path, model: nn.Module) -> dict[str, Matrix]:
     """Read the integers and scales out of an exported file, in the order that the model has them.
 
@@ -206,10 +238,16 @@ def read_gguf(path: str | Path, model: nn.Module) -> dict[str, Matrix]:
         By the name of a layer; those that the file does not hold in Q4_0 or Q8_0 are left out.
     """
     with extra("gguf"):
-        import gguf
+        import gguf  # noqa: F401
+    with readable(path, "export it again"):
+        return _read(path, model)
+
+
+def _read(path: str | Path, model: nn.Module) -> dict[str, Matrix]:
+    import gguf
 
     family = _family(model)
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
     named, found = _names(model, family), {}
     for name, layer in model.named_modules():
         if not isinstance(layer, Packed):

@@ -24,9 +24,11 @@ from companion.errors import (
     SourceUnavailable,
     UnsupportedModel,
     WrongStage,
+    expect,
     extra,
+    readable,
 )
-from companion.files import sha256, write_folder
+from companion.files import read_json, sha256, write_folder
 from companion.formats.registration import METHOD
 from companion.formats.served import Matrix
 from companion.numerics.packing import unpack
@@ -89,6 +91,8 @@ def save_quantized(
     >>> torch.equal(load_quantized(folder, model)(x), q(x))
     True
     """
+    expect("save_quantized", "model", model, nn.Module)
+    expect("save_quantized", "folder", folder, str | Path)
     refuse_foreign(model, "save_quantized")
     if getattr(model, "quantization", None) is None or not any(
         isinstance(m, Packed) for m in model.modules()
@@ -176,6 +180,11 @@ def load_quantized(
     companion.errors.DamagedFile: no/such/folder/config.json is missing: give the folder that ...
     """
     folder = _local(folder, revision)
+    with readable(folder):
+        return _load(folder, model, cache)
+
+
+def _load(folder: Path, model: nn.Module | None, cache: bool) -> nn.Module:
     config, description = _read_config(folder)
     if model is None:
         loaded = _rebuild(folder, config, description)
@@ -220,14 +229,15 @@ def read_folder(folder: str | Path, model: nn.Module) -> dict[str, Matrix]:
         If a file is missing, truncated or edited.
     """
     _, description = _read_config(Path(folder))
-    tensors, bits = _read_tensors(Path(folder), description), description["scheme"]["weight_bits"]
-    inside, found = description["inside"], {}
-    for name, layer in model.named_modules():
-        place = name.removeprefix(inside)
-        if isinstance(layer, Packed) and f"{place}.integers" in tensors:
-            integers = unpack(tensors[f"{place}.integers"], bits, layer.columns)
-            scales = tensors[f"{place}.scale"].float()
-            found[name] = Matrix(integers.numpy(), scales.numpy())
+    with readable(folder):
+        tensors, found = _read_tensors(Path(folder), description), {}
+        bits, inside = description["scheme"]["weight_bits"], description["inside"]
+        for name, layer in model.named_modules():
+            place = name.removeprefix(inside)
+            if isinstance(layer, Packed) and f"{place}.integers" in tensors:
+                integers = unpack(tensors[f"{place}.integers"], bits, layer.columns)
+                scales = tensors[f"{place}.scale"].float()
+                found[name] = Matrix(integers.numpy(), scales.numpy())
     return found
 
 
@@ -240,7 +250,7 @@ def is_saved(folder: str | Path) -> bool:
     False
     """
     try:
-        config = json.loads(Path(folder, CONFIG).read_text())
+        config = read_json(Path(folder, CONFIG))
         return OLD in config or config["quantization_config"].get("quant_method") == METHOD
     except (ValueError, TypeError, KeyError, AttributeError, OSError):
         return False
@@ -268,7 +278,7 @@ def read_config(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.exists():
         raise DamagedFile(f"{path} is missing: give the folder that save_quantized() wrote")
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         if OLD in config:
             config.pop("quantization_config", None)
             description = {"narrowed": {}, "inside": "", **config.pop(OLD)}
@@ -278,7 +288,10 @@ def read_config(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             description["sha256"] = hashes
         else:
             description = config.pop("quantization_config")
-        _ = description["config_sha256"], {**description["sha256"]}
+        _ = description["config_sha256"], description["format"]
+        if not all(Path(name).name == name != ".." for name in description["sha256"]):
+            raise ValueError("a file outside of the folder")
+        _ = {**description["sha256"]}
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
         raise DamagedFile(
             f"{path} was not written by save_quantized(), or was damaged since: copy it again"
@@ -305,7 +318,13 @@ def check_folder(files: list[str], source: str) -> None:
     folder = Path(files[0]).parent
     _, description = _read_config(folder, whole=Path(source).is_dir())
     expected = {name for name in description["sha256"] if name.endswith(".safetensors")}
-    if expected != {Path(file).name for file in files}:
+    inside = folder.absolute().is_relative_to(Path(source).absolute()) or not Path(source).is_dir()
+    # an index may say ../other
+    if (
+        {folder / n for n in expected} != set(map(Path, files))
+        or ".." in folder.parts
+        or not inside
+    ):
         raise _damaged(folder)
 
 
@@ -417,12 +436,12 @@ def _read_config(folder: Path, whole: bool = True) -> tuple[dict[str, Any], dict
     """Read the settings, and check the hashes of all files (those that are there, if not `whole`)."""
     config, description = read_config(folder)
     for name in description["sha256"]:
-        if not (folder / name).exists() and (whole or name.endswith(".safetensors")):
+        if not (folder / name).is_file() and (whole or name.endswith(".safetensors")):
             raise DamagedFile(f"{folder / name} is missing: copy the whole folder")
-    raw = json.loads((folder / CONFIG).read_text())
+    raw = read_json(folder / CONFIG)
     stored = raw[OLD if OLD in raw else "quantization_config"].pop("config_sha256")
     if stored != _hash(raw) or any(
-        (folder / name).exists() and sha256(folder / name) != hash_
+        (folder / name).is_file() and sha256(folder / name) != hash_
         for name, hash_ in description["sha256"].items()
     ):
         raise _damaged(folder)
@@ -465,9 +484,14 @@ def _rebuild(folder: Path, config: dict[str, Any], description: dict[str, Any]) 
             f"{name} is no model class of transformers, so it cannot be rebuilt from config.json: "
             f"pass a float model of this class, load_quantized(folder, model=...)"
         )
+    if "auto_map" in config:
+        raise UnsupportedModel(
+            f"{folder} asks to run code that came with it, which is never done: save the model anew, "
+            "as a class of transformers"
+        )
     with quiet(transformers):
         if description["format"] == FORMAT:
-            return kind.from_pretrained(folder)
+            return kind.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
         settings = kind.config_class.from_dict(config)
         description["dtype"] = dtype = next(iter(description["computes"].values()))
         tensors = _read_tensors(folder, description)
@@ -483,7 +507,7 @@ def _set_generation(model: nn.Module, folder: Path) -> None:
     with extra("language"):
         from transformers import GenerationConfig
 
-    settings = json.loads((folder / GENERATION).read_text())
+    settings = read_json(folder / GENERATION)
     model.generation_config = GenerationConfig.from_dict(settings)
 
 

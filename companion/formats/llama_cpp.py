@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion.errors import DamagedFile, MissingExtra, UnreadableBatch, UnsupportedModel, extra
+from companion.errors import (
+    DamagedFile,
+    MissingExtra,
+    UnreadableBatch,
+    UnsupportedModel,
+    readable,
+)
+from companion.formats.gguf import open_gguf
 from companion.formats.onnx.choice import active_settings
 from companion.formats.onnx.graphs import Description
 from companion.formats.onnx.model import Output, limit, one_text
@@ -279,21 +286,14 @@ def _checked(found: dict) -> dict:
 
 def _describe(path: str | Path) -> tuple[Description, int, bool]:
     """What a GGUF file says about itself, the size of its vocabulary, and whether it has its words."""
-    with extra("gguf"):
-        import gguf
-
-    try:
-        fields = gguf.GGUFReader(path).fields
+    with readable(path, "export it again"):
+        fields = open_gguf(path).fields
         arch = fields["general.architecture"].contents()
         context = fields[f"{arch}.context_length"].contents()
         ends = [fields[key].contents() for key in ("tokenizer.ggml.eos_token_id",) if key in fields]
         words = "tokenizer.ggml.tokens"
         size = fields.get(f"{arch}.vocab_size")
         vocabulary = len(fields[words].contents()) if size is None else int(size.contents())
-    except (ValueError, KeyError, OSError, IndexError) as error:
-        raise DamagedFile(
-            f"{path} is no whole GGUF file ({first_line(error)}): export it again"
-        ) from None
-    described = Description("decoder", context=int(context), stop=tuple(ends),
-                            quantization=f"GGUF, {arch}")  # fmt: skip
+        described = Description("decoder", context=int(context), stop=tuple(map(int, ends)),
+                                quantization=f"GGUF, {arch}")  # fmt: skip
     return described, vocabulary, words in fields

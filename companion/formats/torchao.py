@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from companion.errors import UnsupportedBackend, UnsupportedModel, WrongStage, extra
+from companion.errors import UnsupportedBackend, UnsupportedModel, WrongStage, expect, extra
 from companion.numerics.packing import unpack
 from companion.numerics.scheme import W4A8
 from companion.qat.packed import DynamicInt8Linear, Packed, QuantizedEmbedding
@@ -50,6 +50,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
     >>> torch.equal(to_torchao(q)(x), q(x))
     True
     """
+    expect("to_torchao", "model", model, nn.Module)
     refuse_foreign(model, "to_torchao")
     model = copy.deepcopy(model)
     layers = [module for module in model.modules() if isinstance(module, Packed)]

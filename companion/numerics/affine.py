@@ -20,7 +20,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from companion.errors import SchemeError
+from companion.errors import SchemeError, expect
 from companion.numerics.scheme import integer_range
 
 _SMALLEST_SCALE = torch.finfo(torch.float32).eps  # an all-zero group still needs a divisor
@@ -102,6 +102,8 @@ def choose_scale(
     >>> choose_scale(torch.tensor([-1.0, 0.5, 3.0]), bits=2, symmetric=False)[1]
     tensor([-1], dtype=torch.int32)
     """
+    expect("choose_scale", "x", x, Tensor)
+    expect("choose_scale", "bits", bits, int)
     if symmetric and not signed:
         raise SchemeError("a symmetric grid needs signed integers: pass signed=True")
     qmin, qmax = integer_range(bits, signed)
@@ -153,6 +155,8 @@ def quantize(
     >>> quantize(torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([2.0]), bits=2)
     tensor([0, 0, 1], dtype=torch.int8)
     """
+    expect("quantize", "x", x, Tensor)
+    expect("quantize", "scale", scale, Tensor)
     rounded = _round(x, scale, zero_point)
     return rounded.clamp(*integer_range(bits, signed)).to(torch.int8 if signed else torch.uint8)
 
@@ -181,6 +185,8 @@ def dequantize(
     >>> dequantize(torch.tensor([0, 0, 1], dtype=torch.int8), torch.tensor([2.0]))
     tensor([0., 0., 2.])
     """
+    expect("dequantize", "q", q, Tensor)
+    expect("dequantize", "scale", scale, Tensor)
     values = q.float()
     if not isinstance(zero_point, int) or zero_point:
         values = values - zero_point
@@ -220,6 +226,8 @@ def fake_quantize(
     >>> y.sum().backward(); x.grad
     tensor([1., 1., 0.])
     """
+    expect("fake_quantize", "x", x, Tensor)
+    expect("fake_quantize", "scale", scale, Tensor)
     return fake_quantize_between(x, scale, zero_point, *integer_range(bits, signed))
 
 

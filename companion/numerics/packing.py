@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from companion.errors import SchemeError
-from companion.numerics.scheme import integer_range
+from companion.numerics.scheme import check_bits, integer_range
 
 
 def pack(q: Tensor, bits: int) -> Tensor:
@@ -34,6 +34,8 @@ def pack(q: Tensor, bits: int) -> Tensor:
     ------
     SchemeError
         If one does not fit.
+    TypeError
+        If they are no tensor of integers.
 
     Examples
     --------
@@ -41,6 +43,7 @@ def pack(q: Tensor, bits: int) -> Tensor:
     tensor([33, 15,  0,  0], dtype=torch.uint8)
     """
     qmin, qmax = integer_range(bits)
+    _check(q, "pack")
     if q.numel() and not qmin <= q.min() <= q.max() <= qmax:
         raise SchemeError(f"an integer lies outside {qmin} to {qmax} and does not fit {bits} bits")
     count, width = _cell(bits)
@@ -74,6 +77,8 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     ------
     SchemeError
         If `n` integers do not take that many bytes.
+    TypeError
+        If they are no tensor of bytes, or `n` is no whole number.
 
     Examples
     --------
@@ -81,6 +86,10 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     >>> torch.equal(unpack(pack(q, bits=3), bits=3, n=5), q)
     True
     """
+    check_bits(bits)
+    _check(packed, "unpack", torch.uint8)
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"n={n!r} is no number of integers: give the length of a row")
     if packed.shape[-1] != -(-n // 8) * bits:
         raise SchemeError(
             f"{n} integers of {bits} bits are packed in {-(-n // 8) * bits} bytes, not in "
@@ -102,6 +111,21 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     sign = 2 ** (bits - 1)
     integers = words.view(torch.int8).bitwise_xor_(sign).sub_(sign)
     return integers[..., :n]
+
+
+def _check(x: Tensor, call: str, dtype: torch.dtype | None = None) -> None:
+    """Refuse what is no tensor of integers with at least one dimension."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{call}() takes a tensor of integers, not {type(x).__name__}")
+    if (
+        x.is_floating_point()
+        or x.is_complex()
+        or x.dtype not in (x.dtype if dtype is None else dtype,)
+    ):
+        wanted = "integers" if dtype is None else str(dtype)
+        raise TypeError(f"{call}() takes a tensor of {wanted}, not of {x.dtype}")
+    if not x.dim():
+        raise SchemeError(f"{call}() takes rows of integers, and this tensor has no dimension")
 
 
 def narrowest(x: Tensor) -> Tensor:

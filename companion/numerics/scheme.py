@@ -239,7 +239,7 @@ def parse_scheme(text: str) -> QuantScheme:
 def check_bits(bits: int) -> None:
     """Refuse a width outside 2 to 8 bits: one bit has no symmetric grid, nine no int8."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
-        raise SchemeError(f"{bits!r} bits: choose a whole number from 2 to 8")
+        raise SchemeError(f"{' '.join(repr(bits).split())} bits: choose a whole number from 2 to 8")
 
 
 BLOCK8 = Activations(8, "block", symmetric=True, range=(-127, 127))

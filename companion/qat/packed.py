@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import companion  # its face knows how a model is saved; the formats stand above
+from companion.errors import expect
 from companion.numerics.activations import activation_grid, fake_quantize_activations
 from companion.numerics.packing import pack, unpack
 from companion.numerics.scheme import QuantScheme
@@ -305,6 +306,7 @@ def release_cache(model: nn.Module) -> int:
     >>> model(torch.ones(1, 64)).shape, release_cache(model)  # 64 * 8 weights in float32
     (torch.Size([1, 8]), 2048)
     """
+    expect("release_cache", "model", model, nn.Module)
     return sum(m.release() for m in model.modules() if isinstance(m, QuantizedLinear))
 
 

@@ -24,6 +24,7 @@ from companion.errors import (
     SchemeError,
     UnknownLayer,
     WrongStage,
+    expect,
     extra,
 )
 from companion.numerics.scheme import W8A8, QuantScheme
@@ -123,6 +124,8 @@ def prepare_qat(
     1 layers quantized (4 bits, group size 32, lsq); 1 stay in floating point:
       2: skipped by '2'
     """
+    expect("prepare_qat", "model", model, nn.Module)
+    expect("prepare_qat", "scheme", scheme, QuantScheme)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     quantizer = make_quantizer(scheme, method)  # an unknown method is refused before all else
     takes = inspect.signature(type(quantizer)).parameters
@@ -245,6 +248,7 @@ def convert(
     >>> torch.equal(convert(qat)(x), qat(x))
     True
     """
+    expect("convert", "model", model, nn.Module)
     _refuse_adapters_outside(model)
     record = getattr(model, "quantization", None)
     if record is None or not any(isinstance(m, tuple(_FAKE.values())) for m in model.modules()):

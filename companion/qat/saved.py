@@ -166,7 +166,8 @@ def fill(
         return finish(model, description)
     except (AttributeError, KeyError, RuntimeError, ValueError, NotImplementedError) as error:
         raise UnsupportedModel(
-            f"the model given does not fit the file, which holds a {description['class']}: {error}"
+            f"the model given does not fit the file, which holds a {description['class']}: "
+            f"{' '.join(str(error).split())}"
         ) from None
 
 

@@ -8,6 +8,7 @@ rounding begins: never (the control), after the last step (post-training), befor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from companion.data.task import Task
-from companion.errors import SchemeError
+from companion.errors import CheckpointError, SchemeError, readable
 from companion.numerics.scheme import QuantScheme
 from companion.study.recipes import ARMS, FLOAT, NEAREST, Arm
 from companion.study.runs import TUNING_SEED, Log, Runs, rate_key
@@ -132,7 +133,10 @@ def compare(
         for seed in range(seeds):
             runs.append(study.run(FLOAT, None, seed, chosen))
             runs += [study.run(arm, scheme, seed, chosen) for scheme in schemes for arm in arms]
-    table = tabulate(runs)
+    told = nullcontext() if log is None else readable(
+        log, "give another path, or delete it to begin anew", CheckpointError)  # fmt: skip
+    with told:
+        table = tabulate(runs)
     table.attrs["rates"] = chosen
     return table
 

@@ -23,7 +23,7 @@ from companion.errors import CheckpointError
 from companion.evaluation.cost import model_bytes
 from companion.evaluation.language import document_losses
 from companion.evaluation.metrics import METRICS
-from companion.files import write_atomically
+from companion.files import BLANK, is_sealed, read_json, seal, write_atomically
 from companion.numerics.scheme import QuantScheme
 from companion.qat.saved import keep_types
 from companion.study.fingerprint import fingerprint, of_task
@@ -34,6 +34,7 @@ from companion.training.fit import fit
 from companion.training.losses import default_loss, distillation_loss
 
 TUNING_SEED = 100
+SEAL = "sha256"
 MARK = "run.json"
 """Beside a kept model: the key of its run in the log."""
 
@@ -51,22 +52,42 @@ class Log:
         self.path = None if path is None else Path(path)
         self.results: dict[str, Any] = {}
         if self.path is not None and self.path.exists():
-            try:
-                self.results = dict(json.loads(self.path.read_text()))
-            except (ValueError, TypeError):
+            remedy = "give another path, or delete it to begin anew"
+            if is_sealed(self.path) is False:
                 raise CheckpointError(
-                    f"{self.path} is no log of a comparison: give another path, or delete it to "
-                    "begin anew"
-                ) from None
+                    f"{self.path} is not the log that was written (its hash differs): {remedy}"
+                )
+            try:
+                self.results = _results(self.path)
+            except (ValueError, TypeError, KeyError):
+                raise CheckpointError(f"{self.path} is no log of a comparison: {remedy}") from None
 
     def get(self, key: str, run: Callable[[], Any]) -> Any:
         """Return the stored result of a key, or run for it and store it."""
         if key not in self.results:
             self.results[key] = run()
             if self.path is not None:
-                text = json.dumps(self.results)
-                write_atomically(self.path, lambda part: part.write_text(text))
+                text = json.dumps({SEAL: BLANK, **self.results})
+
+                def write(partial: Path) -> None:
+                    partial.write_text(text)
+                    seal(partial)
+
+                write_atomically(self.path, write)
         return self.results[key]
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """Read a log: numbers, and runs with what a table asks of them."""
+    found = dict(read_json(path))
+    found.pop(SEAL, None)
+    for key, said in found.items():
+        if key.endswith("| cost") or not isinstance(said, dict):
+            float(said)
+        else:
+            json.dumps([said["comparison"], said["recipe"]])
+            float(said["validation_loss"])
+    return found
 
 
 class Runs:
@@ -270,6 +291,6 @@ def keep(model: nn.Module, folder: Path, key: str) -> None:
 def holds(folder: Path, key: str) -> bool:
     """Whether a folder holds the model of this very run."""
     try:
-        return json.loads((folder / MARK).read_text())["run"] == key
+        return read_json(folder / MARK)["run"] == key
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from companion.errors import EmptyLoader, UnsupportedModel, WrongStage
+from companion.errors import EmptyLoader, UnsupportedModel, WrongStage, expect
 from companion.evaluation.forward import evaluating, run
 from companion.training.fit import History, fit
 
@@ -94,6 +94,8 @@ def fit_blocks(
     >>> [(name, history.loss[-1] < history.loss[0] / 2) for name, history in histories.items()]
     [('0', True), ('1', True)]
     """
+    expect("fit_blocks", "model", model, nn.Module)
+    expect("fit_blocks", "teacher", teacher, nn.Module)
     names = _blocks(model, teacher)
     calibration = list(islice(loader, batches))
     if not calibration:

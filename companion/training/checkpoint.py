@@ -7,6 +7,7 @@ behind. Used by `fit`; built in chapter 2.
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from companion.errors import CheckpointError
-from companion.files import write_atomically
+from companion.errors import CheckpointError, readable
+from companion.files import BLANK, is_sealed, seal, write_atomically
 from companion.training.batches import Stream
 from companion.training.fingerprint import differences
 from companion.training.state import get_rng
@@ -79,8 +80,13 @@ def write_checkpoint(
     }
     # clone: tied weights share memory, which the format refuses
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    metadata = {"companion": json.dumps(meta)}
-    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+    metadata = {"companion": json.dumps(meta), "sha256": BLANK}
+
+    def write(partial: Path) -> None:
+        save_file(tensors, partial, metadata=metadata)
+        seal(partial)
+
+    write_atomically(path, write)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -100,12 +106,18 @@ def read_checkpoint(path: Path) -> dict:
     CheckpointError
         If the file is damaged, or something else.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads(file.metadata()["companion"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint ({error}): delete it") from None
+    with readable(path, "delete it", CheckpointError):
+        if is_sealed(path) is False:
+            raise CheckpointError(
+                f"{path} is not the checkpoint that was written (its hash differs): delete it"
+            )
+        return _read(path)
+
+
+def _read(path: Path) -> dict:
+    with safe_open(path, framework="pt") as file:
+        meta = json.loads(file.metadata()["companion"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     parts: dict[str, dict] = {"model": {}, "best": {}, "optimizer": {}, "rng": {}}
     for key, value in tensors.items():
         part, name = key.split(".", 1)
@@ -114,8 +126,10 @@ def read_checkpoint(path: Path) -> dict:
     for key, value in parts["optimizer"].items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
+    for value in (meta["run"], meta["history"], *meta["param_groups"]):
+        dict(value)  # TypeError where it is something else
     return {
-        "step": meta["step"],
+        "step": operator.index(meta["step"]),
         "run": meta["run"],
         "history": meta["history"],
         "model": parts["model"],

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from companion.errors import CheckpointError, NothingToTrain
+from companion.errors import CheckpointError, NothingToTrain, expect, readable
 from companion.numerics.rounding import hold_weights
 from companion.training.batches import Stream, count_rows, to_device
 from companion.training.checkpoint import Keeper
@@ -162,6 +162,8 @@ def fit(
     >>> history.loss[-1] < history.loss[0]
     True
     """
+    expect("fit", "model", model, nn.Module)
+    expect("fit", "loader", loader, Iterable)
     if min(steps, accumulate, checkpoint_every, validate_every) < 1:
         raise ValueError("steps, accumulate and the ..._every intervals must be at least 1")
     loss_fn = _choose_loss(loss_fn, teacher)
@@ -204,10 +206,12 @@ def fit(
     if saved:
         for step in sorted(s for s in at or {} if s < start):
             at[step]()
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        history, best = History(**saved["history"]), saved["best"]
-        set_rng(saved["rng"])
+        with readable(keeper.path, "delete it", CheckpointError):
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            history, best = History(**saved["history"]), saved["best"]
+            set_rng(saved["rng"])
+            set_rates(optimizer, factor(start / steps))  # also reads what the groups say
     optimizer = processes.optimizer(optimizer)
     loss_of = processes.loss(model, loss_fn)
     validation = Validation(validate, validate_every, steps, history.validation, best)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from companion.data.text import IGNORED
 from companion.errors import CheckpointError, EmptyLoader, UnreadableBatch
 from companion.evaluation.logits import LazyLogits, pieces
-from companion.files import write_atomically
+from companion.files import BLANK, is_sealed, seal, write_atomically
 from companion.training.batches import to_device
 from companion.training.chunked import TopK
 from companion.training.fingerprint import describe, differences
@@ -222,6 +222,8 @@ class Answers:
         self.rows: dict[bytes, tuple[int, int, int]] = {}
         for path in paths:
             try:
+                if is_sealed(path) is False:
+                    raise ValueError("its hash differs")
                 file = safe_open(path, framework="pt")
                 run = json.loads(file.metadata()[_KEY])
                 keys, counts = file.get_tensor("keys"), file.get_tensor("counts").tolist()
@@ -301,8 +303,13 @@ class _Writer:
         }
         numbers = [int(p.stem) for p in self.folder.glob("*.safetensors") if p.stem.isdigit()]
         path = self.folder / f"{max(numbers, default=-1) + 1:05}.safetensors"
-        metadata = {_KEY: json.dumps(self.run)}
-        write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+        metadata = {_KEY: json.dumps(self.run), "sha256": BLANK}
+
+        def write(partial: Path) -> None:
+            save_file(tensors, partial, metadata=metadata)
+            seal(partial)
+
+        write_atomically(path, write)
         self.waiting, self.bytes = [], 0
 
 

@@ -20,7 +20,8 @@ from textwrap import shorten
 import torch
 from torch import Tensor, nn
 
-from companion.errors import UnsupportedModel, WrongStage, extra
+from companion.errors import UnsupportedModel, WrongStage, expect, extra
+from companion.files import BLANK, flush, seal
 from companion.formats.onnx.depth import (
     TRACED,
     deepen,
@@ -31,6 +32,7 @@ from companion.formats.onnx.depth import (
 )
 from companion.formats.onnx.graphs import KEY, STAY, Graph, cannot_be_traced, graph_of
 from companion.formats.onnx.layers import served_layers
+from companion.formats.onnx.stored import beside
 from companion.qat.packed import Packed
 from companion.qat.prepare import replace_modules
 from companion.qat.saved import refuse_foreign
@@ -98,6 +100,8 @@ def export_onnx(
     >>> path.name
     'layer.onnx'
     """
+    expect("export_onnx", "model", model, nn.Module)
+    expect("export_onnx", "path", path, str | Path)
     if accuracy_level not in LEVELS:
         raise ValueError(f"accuracy_level {accuracy_level!r} is unknown: use one of {LEVELS}")
     refuse_foreign(model, "export_onnx")
@@ -133,6 +137,7 @@ def write_graph(model: nn.Module, path: str | Path, *, example: Tensor | None = 
         raise cannot_be_traced(model, error) from error
     for node in program.model.graph.all_nodes():  # stack traces, which weigh more than a layer
         node.metadata_props.clear()
+    program.model.metadata_props[f"{KEY}.sha256"] = BLANK
     program.model.metadata_props[KEY] = json.dumps(asdict(graph.description))
     tensors = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +146,9 @@ def write_graph(model: nn.Module, path: str | Path, *, example: Tensor | None = 
         program.save(partial / path.name, external_data=tensors > LARGEST)
         onnx.checker.check_model(partial / path.name)
         _run_once(partial / path.name, graph, type(model).__name__)
+        seal(partial / path.name, *beside(partial / path.name))
+        for file in partial.iterdir():
+            flush(file)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == path.name):
             file.replace(path.parent / file.name)  # the tensors first, then what refers to them
     finally:

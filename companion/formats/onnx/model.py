@@ -19,6 +19,7 @@ from companion.errors import DamagedFile, UnreadableBatch, UnsupportedModel, ext
 from companion.evaluation.forward import refuse
 from companion.formats.onnx.choice import TOP_K, active_settings, choose, draw_rules, rules
 from companion.formats.onnx.graphs import KEY, Description, tokens
+from companion.formats.onnx.stored import check_whole
 from companion.formats.served import ServedModel
 
 
@@ -169,8 +170,7 @@ class OnnxModel(TextModel):
             import onnxruntime
 
         super().__init__()
-        if not Path(path).is_file():
-            raise DamagedFile(f"{path} is missing: give the file that export_onnx() wrote")
+        check_whole(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         try:
@@ -185,7 +185,7 @@ class OnnxModel(TextModel):
             raise DamagedFile(f"{path} cannot be read ({reason}): export it again") from None
         try:
             self.description = described(saved)
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise DamagedFile(
                 f"{path} was written by another version of export_onnx(): export it again"
             ) from None
@@ -343,15 +343,28 @@ class OnnxModel(TextModel):
 
 
 def described(saved: dict) -> Description:
-    """Read a description back from JSON, which knows no tuples.
+    """Read a description back from JSON, which knows no tuples; what cannot be one is refused.
 
     Examples
     --------
-    >>> described({"kind": "decoder", "past": [[2, 8, 8]], "stop": [0]}).past
-    ((2, 8, 8),)
+    >>> from dataclasses import asdict
+    >>> known = Description("decoder", past=((2, 8, 8),), stop=(0,))
+    >>> described(json.loads(json.dumps(asdict(known)))) == known
+    True
     """
-    past = tuple(tuple(layer) for layer in saved["past"])
-    return Description(**saved | {"past": past, "stop": tuple(saved["stop"])})
+    past = tuple(tuple(map(_number, layer)) for layer in saved["past"])
+    stop = tuple(map(_number, saved["stop"]))
+    texts = (saved[name] for name in ("kind", "loss_type", "quantization"))
+    if not all(isinstance(text, str) for text in texts) or any(len(layer) != 3 for layer in past):
+        raise TypeError
+    return Description(**saved | {"past": past, "stop": stop, "context": _number(saved["context"]),
+                                  "generation": {**saved["generation"]}})  # fmt: skip
+
+
+def _number(said: object) -> int:
+    if not isinstance(said, int) or isinstance(said, bool) or not 0 <= said < 2**31:
+        raise TypeError
+    return said
 
 
 def limit(context: int, prompt: int, most: int | None, settings: Mapping) -> int:
