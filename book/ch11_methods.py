@@ -105,6 +105,7 @@ def squared_error(scale):
     )  # (out, groups, 1)
 
 
+# %%
 ratios = torch.arange(1.1, 0.24, -0.025)  # of the absmax scale
 errors = torch.stack([squared_error(absmax * r) for r in ratios])
 clipped = errors.amin(0).sum() / squared_error(absmax).sum()
@@ -799,6 +800,12 @@ print("less than three quarters of the damage left:", left < 0.75)
 # nothing else. The study of this section trains docs-lm that way, on more of the docstrings that it
 # grew up with.
 #
+# :::{admonition} Before you read on
+# Six ingredients: a searched range, a learned step, a look at the inputs, a teacher, blocks one by one, and
+# GPTQ, which trains nothing. At two bits, which single one takes back most of what rounding took? And is
+# there one that you would leave out?
+# :::
+#
 # - **Equal steps.** Every arm takes a hundred steps of 1,024 tokens from the same start, and keeps the
 #   weights that did best on validation. torchao's fake quantization gets a teacher and a late start,
 #   too.
@@ -1183,6 +1190,12 @@ print(
 # integers instead of the searched range looks like the best of both, and gained little at three bits
 # and nothing at two, where training forgets where it came from.
 #
+# ## Quiz
+#
+# ```{quiz} ch11
+# Three questions, each answer explained: they stand in `_quizzes/ch11.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} The gradient for a scale
@@ -1251,6 +1264,20 @@ def divergence(student, teacher, temperature):
 check("ch11-distil", divergence)
 
 # %% [markdown]
+# ```{exercise} An experiment: how little text is enough?
+# :label: ch11-experiment
+# `fit_blocks` read a few rows of text above. Give it a quarter of them and four times as many, in as many
+# steps, and measure on held-out text each time. Where does more text stop to help, and what does the model
+# do with too little?
+# ```
+#
+# ```{solution} ch11-experiment
+# :class: dropdown
+# With little text a block learns its few rows by heart: its own loss goes on falling while held-out loss
+# rises. The two curves beside each other show where that begins. Nobody has checked your numbers: they depend
+# on the rows that were drawn, so draw several.
+# ```
+#
 # ## What we saw
 #
 # - A range can be searched: clipping the largest weight and letting the grid turn around leaves far

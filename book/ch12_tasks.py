@@ -75,6 +75,11 @@ print(
 )
 
 # %% [markdown]
+# :::{admonition} Before you read on
+# A model chooses among four words, among nine libraries, among a thousand passages. Rounded to two bits by
+# row, which of its answers suffer most, and which least?
+# :::
+#
 # ## How the table was made
 #
 # The arms are those of [](ch11), with equal steps from the same start: a float control; that control
@@ -512,6 +517,12 @@ for scheme in ("W4 g32", "W2 row"):
 # - *Measurement.* With five to seven hundred examples and three seeds the intervals are several points
 #   wide. A smaller gain would not show, and neither would a smaller loss.
 #
+# ## Quiz
+#
+# ```{quiz} ch12
+# Three questions, each answer explained: they stand in `_quizzes/ch12.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} Every class counts
@@ -577,6 +588,19 @@ def mrr(scores):
 check("ch12-mrr", mrr)
 
 # %% [markdown]
+# ```{exercise} An experiment: how many examples would do?
+# :label: ch12-experiment
+# Take the first half and the first quarter of the examples of a task and compute the interval of QAT against
+# the best PTQ again. How does its width go with the number of examples, and how many would you need to see a
+# difference of one point?
+# ```
+#
+# ```{solution} ch12-experiment
+# :class: dropdown
+# The width goes with one over the square root of the number: a quarter of the examples doubles it. To see one
+# point where five hundred examples show three, you would need about nine times as many.
+# ```
+#
 # ## What we saw
 #
 # - Five tasks on real text, and on each the float model clearly beats a simple baseline. Without that,

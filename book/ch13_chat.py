@@ -595,6 +595,12 @@ print("\n".join(f"   {name}" for name in waiting) or "   nothing")
 # companion chat finetuned/W4-g32-lora
 # ```
 #
+# ## Quiz
+#
+# ```{quiz} ch13
+# Three questions, each answer explained: they stand in `_quizzes/ch13.md` beside this notebook.
+# ```
+#
 # ## Exercises
 #
 # ```{exercise} Pull the cord

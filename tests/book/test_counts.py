@@ -7,8 +7,6 @@ import pytest
 from tests.book.notebooks import BOOK, from_source, sources
 from tests.book.test_notebooks import code_cells, load, tags
 
-LATER = {"ch11", "ch12"}  # their third exercise is still to be written
-LONG = {"ch11"}  # its first cell is still to be cut
 COLLAPSED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 
 
@@ -24,8 +22,6 @@ def source(request):
 
 def test_three_exercises_and_one_of_them_an_experiment(source):
     labels = re.findall(r"```\{exercise\}.*?:label: ([\w-]+)", prose(source), flags=re.S)
-    if source.stem[:4] in LATER and len(labels) == 2:
-        pytest.skip("its third is still to be written")
     assert len(labels) >= 3
     checked = [label for label in labels if not label.endswith("-experiment")]
     assert len(checked) >= 2
@@ -34,8 +30,6 @@ def test_three_exercises_and_one_of_them_an_experiment(source):
 def test_the_first_code_that_is_seen_is_short(source):
     seen = next(c for c in code_cells(load(source)) if not tags(c) & COLLAPSED)
     length = len(seen.source.splitlines())
-    if source.stem[:4] in LONG and length > 12:
-        pytest.skip("still to be cut")
     assert length <= 12
 
 
