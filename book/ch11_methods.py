@@ -1154,8 +1154,8 @@ ours, theirs = (
 )
 lead = worse(theirs, ours)
 print(
-    f"2 bits, {len(both_have)} draws that both have: learned steps ahead by "
-    f"{lead.value:.2f} [{lead.low:.2f}, {lead.high:.2f}] nats a token"
+    f"2 bits, {len(both_have)} draws that both have: learned steps ahead "
+    f"by {lead.value:.2f} [{lead.low:.2f}, {lead.high:.2f}] nats a token"
 )
 
 # %% [markdown]

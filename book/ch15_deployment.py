@@ -48,7 +48,6 @@ from matplotlib.patches import Rectangle
 from onnx.numpy_helper import to_array
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from companion import (
     W2,
@@ -663,6 +662,8 @@ print("nothing was written:", not (folder / "model.pte").exists())
 # for a trained model; to keep it short, a fresh one of one layer is rounded to nearest.
 
 # %%
+from transformers import LlamaConfig, LlamaForCausalLM
+
 pocket = QuantScheme(4, 32, scale_dtype=torch.bfloat16)
 torch.manual_seed(0)
 fresh = LlamaForCausalLM(
