@@ -1,5 +1,6 @@
 """A short fuzz of the readers that answer in milliseconds; all of them: python -m benchmarks.fuzz."""
 
+import gguf
 import pytest
 
 from benchmarks import fuzz
@@ -29,9 +30,15 @@ def test_a_silent_wrong_load_is_seen(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     (tmp_path / "model.gguf").rename(tmp_path / "base" / "model.gguf")
     wanted = fuzz.digest(fuzz.read_gguf(tmp_path / "base", fuzz.random.Random(0)))
-    monkeypatch.setattr(
-        fuzz, "mutate", lambda data, *_: (data[:-1] + bytes([data[-1] ^ 1]), "flip")
-    )
+    tensors = gguf.GGUFReader(tmp_path / "base" / "model.gguf").tensors
+    (matrix,) = (tensor for tensor in tensors if tensor.name == "output.weight")
+
+    def flipped(data: bytes, rng, *_) -> tuple[bytes, str]:
+        """One bit of the matrix that is stored last."""
+        place = rng.randrange(matrix.data_offset, matrix.data_offset + matrix.n_bytes)
+        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :], "flip"
+
+    monkeypatch.setattr(fuzz, "mutate", flipped)
     found = [fuzz.one("gguf", number, tmp_path / "base", wanted)["outcome"] for number in range(8)]
     assert set(found) == {"silent", "other"}
 

@@ -1,5 +1,6 @@
 """A quantized model leaves by its name, is compared with what arrived, and is opened from there."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -74,6 +75,13 @@ def test_a_changed_file_ends_with_exit_code_1(folder, tmp_path):
     name = next(name for name in tensors if name.endswith("weight_packed"))
     tensors[name][0, 0] ^= 1
     save_file(tensors, file, metadata={"format": "pt"})
+    refused = run("parity", tmp_path, "--reference", folder / "w4", code=1)
+    assert "their hash differs" in " ".join(refused.output.split())
+    config = json.loads(
+        (tmp_path / "config.json").read_text()
+    )  # as others write it, without hashes
+    del config["companion_sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     said = run("parity", tmp_path, "--reference", folder / "w4", code=1).stdout
     assert "its integers are not those" in said
 
