@@ -19,6 +19,7 @@ from companion.errors import (
     MissingExtra,
     UnsupportedModel,
     WrongStage,
+    expect,
     extra,
     readable,
 )
@@ -105,6 +106,8 @@ def export_compressed_tensors(
     >>> json.loads((folder / "config.json").read_text())["quantization_config"]["format"]
     'pack-quantized'
     """
+    expect("export_compressed_tensors", "model", model, nn.Module)
+    expect("export_compressed_tensors", "folder", folder, str | Path)
     refuse_foreign(model, "export_compressed_tensors")
     packed = {name: m for name, m in model.named_modules() if isinstance(m, Packed)}
     if not packed:

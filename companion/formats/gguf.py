@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from companion.errors import DamagedFile, UnsupportedModel, WrongStage, extra, readable
+from companion.errors import DamagedFile, UnsupportedModel, WrongStage, expect, extra, readable
 from companion.files import BLANK, is_sealed, seal, write_atomically
 from companion.formats.served import Matrix
 from companion.numerics.packing import unpack
@@ -113,6 +113,8 @@ def export_gguf(
     >>> export_gguf(q, tempfile.mkdtemp() + "/tiny.gguf").name
     'tiny.gguf'
     """
+    expect("export_gguf", "model", model, nn.Module)
+    expect("export_gguf", "path", path, str | Path)
     if floats not in ("exact", "F16"):
         raise ValueError(f"floats={floats!r} is unknown: write 'exact' or 'F16'")
     with extra("gguf"):

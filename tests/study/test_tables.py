@@ -237,7 +237,7 @@ PUBLISHED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("
 SETTINGS = (
     "model", "task", "scheme", "method", "arm", "bits", "seed", "steps", "lr", "lever", "range",
     "start", "teacher", "share_of_divergence", "engine", "precision", "phase", "tokens", "case",
-    "draw", "rate", "target", "step_rate", "what", "row",
+    "draw", "rate", "target", "step_rate", "what", "row", "reader", "job", "format",
 )  # fmt: skip
 
 

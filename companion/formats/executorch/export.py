@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from companion.errors import UnsupportedModel, WrongStage, extra
+from companion.errors import UnsupportedModel, WrongStage, expect, extra
 from companion.files import write_atomically
 from companion.formats.executorch.stored import TOLD, named, silent
 from companion.formats.onnx.graphs import STAY, Graph, graph_of
@@ -114,6 +114,8 @@ def export_executorch(
     >>> integers.shape, torch.equal(scale, q[0].scale.float())
     (torch.Size([8, 64]), True)
     """
+    expect("export_executorch", "model", model, nn.Module)
+    expect("export_executorch", "path", path, str | Path)
     served = as_served(model, scales=scales)
     with extra("executorch"), silent():
         import executorch.kernels.quantized  # registers what looks rows up
