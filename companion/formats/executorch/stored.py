@@ -6,12 +6,13 @@ Built in chapter 15.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,20 @@ ROWS = "quantized_decomposed::embedding_"
 def silent() -> Iterator[None]:
     """Keep off the screen what ExecuTorch's own code says of the processor as it is loaded.
 
-    It writes to the process's standard error, past Python's.
+    It writes to the process's standard error, and in a notebook to Python's.
 
     Examples
     --------
+    >>> import sys
     >>> with silent():
-    ...     _ = os.write(2, b"unheard")
+    ...     _ = os.write(2, b"unheard"), print("unheard", file=sys.stderr)
     """
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
