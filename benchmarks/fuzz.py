@@ -28,6 +28,7 @@ import select
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import time
 import traceback
@@ -745,10 +746,22 @@ def build(name: str, base: Path) -> None:
     partial.rename(base)
 
 
+def refuse_network(event: str, _: tuple) -> None:
+    """Hear of what the interpreter is about to do, and refuse to leave this machine.
+
+    Examples
+    --------
+    >>> refuse_network("open", ("a file",))
+    >>> refuse_network("socket.getaddrinfo", ("example.org", 443))
+    Traceback (most recent call last):
+    OSError: without a network
+    """
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise OSError("without a network")
+
+
 def prepare_process() -> None:
     """Import all before the first fork, and let no reader reach a network."""
-    import socket
-
     import datasets  # noqa: F401
     import gguf  # noqa: F401
     import onnx  # noqa: F401
@@ -760,11 +773,7 @@ def prepare_process() -> None:
     import companion.formats.registry
     import companion.study.compare  # noqa: F401
 
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise OSError("without a network")
-
-    socket.socket.connect = refuse  # type: ignore[method-assign]
-    socket.getaddrinfo = refuse  # type: ignore[assignment]
+    sys.addaudithook(refuse_network)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     os.environ["TQDM_DISABLE"] = "1"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from companion.errors import DamagedFile, UnreadableBatch, extra
+from companion.errors import DamagedFile, UnreadableBatch, extra, readable
 from companion.evaluation.forward import refuse
 from companion.formats.executorch.stored import TOLD, silent
 from companion.formats.onnx.model import Output, TextModel, described
@@ -62,8 +62,9 @@ class ExecuTorchModel(TextModel):
             ) from None
         if told is None:
             raise DamagedFile(f"{path} was not written by export_executorch()")
-        told = json.loads(told)
-        self.description, self._inputs = described(told["description"]), told["inputs"]
+        with readable(path, "export it again"):  # of another version, or damaged
+            told = json.loads(told)
+            self.description, self._inputs = described(told["description"]), told["inputs"]
         self.loss_type = self.description.loss_type
         self._read: object = None  # whose keys and values the file keeps
         self.eval()
